@@ -1,0 +1,187 @@
+"""The command `dllm-jepa`: for our recipes and configs what `tune` does for torchtune's."""
+
+import argparse
+import ast
+import importlib.metadata
+import importlib.util
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from dllm_jepa import config
+from dllm_jepa.config import find_configs, find_recipes, resolve_config
+from dllm_jepa.errors import ConfigError, LaunchError, UserError
+
+_RUN_USAGE = "dllm-jepa run [TORCHRUN-OPTIONS] <recipe> --config <config> [key=value ...]"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one sub-command; a `UserError` becomes one message and exit code 1.
+
+    Args:
+        arguments: Words after `dllm-jepa`; None takes them from the command line.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if words[:1] == ["run"]:  # torchrun's options come before the recipe: not for argparse
+            _run(words[1:])
+        else:
+            parsed = _parser().parse_args(words)
+            parsed.command(parsed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dllm-jepa", description="Recipes and configs of DLLM-JEPA.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    ls = commands.add_parser("ls", help="list recipes and configs")
+    ls.set_defaults(command=_ls)
+
+    cp = commands.add_parser("cp", help="copy a recipe or config, to edit the copy")
+    cp.add_argument("name", help="name of a recipe or config")
+    cp.add_argument("destination", type=Path, help="file or folder")
+    cp.add_argument("--force", action="store_true", help="overwrite the destination")
+    cp.add_argument("--make-parents", action="store_true", help="make the folders of the destination")
+    cp.set_defaults(command=_cp)
+
+    cat = commands.add_parser("cat", help="print a recipe or config")
+    cat.add_argument("name", help="name of a recipe or config, or path of a config")
+    cat.add_argument("--sort", action="store_true", help="print the keys of a config alone, sorted")
+    cat.set_defaults(command=_cat)
+
+    validate = commands.add_parser("validate", help="check a config and list all its problems")
+    validate.add_argument("name", help="name or path of a config")
+    validate.add_argument("overrides", nargs="*", help="key=value to set, ~key to remove")
+    validate.set_defaults(command=_validate)
+
+    # Only for --help; `main` sends the words on to `tune run`.
+    commands.add_parser("run", help="run a recipe, with any options of torchrun", usage=_RUN_USAGE)
+    return parser
+
+
+def _ls(_: argparse.Namespace) -> None:
+    """Print every recipe with the first line of its docstring and every config with that of its header."""
+    recipes = {name: _first_docstring_line(path) for name, path in find_recipes().items()}
+    configs = {name: _first_comment_line(path) for name, path in find_configs().items()}
+    width = max(map(len, [*recipes, *configs, "RECIPE"])) + 2
+    for title, entries in (("RECIPE", recipes), ("CONFIG", configs)):
+        print(title)
+        for name, line in entries.items():
+            print(f"  {name:<{width}}{line}".rstrip())
+
+
+def _first_docstring_line(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0]
+
+
+def _first_comment_line(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def _cp(arguments: argparse.Namespace) -> None:
+    """Copy a packaged file; what is there already is kept unless --force."""
+    source = _packaged_file(arguments.name)
+    destination: Path = arguments.destination
+    if destination.is_dir():
+        destination = destination / source.name
+    elif destination.suffix != source.suffix:
+        destination = destination.with_name(destination.name + source.suffix)
+    if arguments.make_parents:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+    if not destination.parent.is_dir():
+        raise ConfigError(f"folder {str(destination.parent)!r} does not exist; make it, or add --make-parents")
+    if destination.exists() and not arguments.force:
+        raise ConfigError(f"{str(destination)!r} exists and is kept; choose another name, or overwrite it with --force")
+    try:
+        shutil.copyfile(source, destination)
+    except OSError as error:
+        raise ConfigError(f"cannot copy to {str(destination)!r}: {error}") from error
+    print(f"Copied {arguments.name} to {destination}")
+
+
+def _cat(arguments: argparse.Namespace) -> None:
+    """Print a file as it is, or the keys of a config sorted."""
+    path = find_recipes().get(arguments.name) or resolve_config(arguments.name)
+    if arguments.sort and path.suffix == ".yaml":
+        print(OmegaConf.to_yaml(config.read_config(path), sort_keys=True), end="")
+    else:
+        print(path.read_text(encoding="utf-8", errors="replace"), end="")
+
+
+def _validate(arguments: argparse.Namespace) -> None:
+    """Check a config the way a run does, except for what depends on the machine."""
+    cfg = config.load_config(["--config", arguments.name, *arguments.overrides])
+    config.validate(cfg)
+    for line in config.warnings(cfg):
+        print(f"warning: {line}", file=sys.stderr)
+    print(f"{arguments.name}: valid")
+
+
+def _run(words: list[str]) -> None:
+    """Do what `tune run` does, and before it check the names, so that a misspelt one is one message."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if not {"-h", "--help"}.intersection(words):
+        words = _with_separate_config(words)
+        _check_names(words)
+    sys.argv = ["tune", "run", *words]
+    (tune,) = importlib.metadata.distribution("torchtune").entry_points.select(group="console_scripts", name="tune")
+    try:
+        tune.load()()
+    except ChildFailedError:  # the ranks have said why
+        sys.exit(1)
+
+
+def _with_separate_config(words: list[str]) -> list[str]:
+    """Write `--config=x` as `--config x`, the only form that `tune run` takes."""
+    separate: list[str] = []
+    for word in words:
+        separate += ["--config", word.removeprefix("--config=")] if word.startswith("--config=") else [word]
+    return separate
+
+
+def _check_names(words: list[str]) -> None:
+    """Raise unless the words name a recipe and a config that are there."""
+    from torch.distributed.run import get_args_parser
+
+    if "--config" not in words[:-1]:
+        raise LaunchError(f"--config is missing. Usage: {_RUN_USAGE}")
+    resolve_config(words[words.index("--config") + 1])
+    recipe = get_args_parser().parse_args(words).training_script
+    recipes = find_recipes()
+    if recipe in recipes or Path(recipe).is_file():
+        return
+    sys.path.append(str(Path.cwd()))  # where `tune run` looks for a module, too
+    if recipe.startswith("-") or not _is_module(recipe):
+        names = ", ".join(recipes)
+        raise LaunchError(
+            f"{recipe!r} is neither a file nor a module nor one of our recipes: {names}. Usage: {_RUN_USAGE}"
+        )
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _packaged_file(name: str) -> Path:
+    """Return the file of a packaged recipe or config."""
+    recipes, configs = find_recipes(), find_configs()
+    found = recipes.get(name) or configs.get(name)
+    if found is None:
+        raise ConfigError(f"no recipe or config is named {name!r}. There are: {', '.join([*recipes, *configs])}")
+    return found
+
+
+if __name__ == "__main__":
+    main()

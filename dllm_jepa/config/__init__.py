@@ -1,0 +1,44 @@
+"""Configs: where they are, what may stand in them, and checking all of it at once before anything is loaded."""
+
+from dllm_jepa.config._kinds import (
+    REQUIRED,
+    ArgumentRange,
+    Choice,
+    Component,
+    Flag,
+    Key,
+    Number,
+    Section,
+    Text,
+)
+from dllm_jepa.config._parse import load_config, parse, read_config
+from dllm_jepa.config._resolve import find_configs, find_recipes, resolve_config
+from dllm_jepa.config._rules import Launch
+from dllm_jepa.config._schema import TRAINING, Schema
+from dllm_jepa.config._validate import problems, save_resolved, validate, warnings, with_defaults
+
+__all__ = [
+    "REQUIRED",
+    "TRAINING",
+    "ArgumentRange",
+    "Choice",
+    "Component",
+    "Flag",
+    "Key",
+    "Launch",
+    "Number",
+    "Schema",
+    "Section",
+    "Text",
+    "find_configs",
+    "find_recipes",
+    "load_config",
+    "parse",
+    "problems",
+    "read_config",
+    "resolve_config",
+    "save_resolved",
+    "validate",
+    "warnings",
+    "with_defaults",
+]

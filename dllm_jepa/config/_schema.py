@@ -1,0 +1,196 @@
+"""Every key of every recipe, declared once: type, range, default and one line of documentation.
+
+The order is the order of the yaml files. A new recipe adds a `Schema`, from the groups of keys below and its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dllm_jepa.config import _rules as rules
+from dllm_jepa.config._kinds import ArgumentRange, Choice, Component, Flag, Key, Number, Section, Text
+
+Rule = Callable[..., list[str]]
+
+_COUNT = Number(integer=True, low=1)
+_ONE_TO_FIVE = Number(integer=True, low=1, high=5)
+_NOT_NEGATIVE = Number(low=0)
+_NO_FP16 = (
+    "fp16 overflows without loss scaling, which these recipes do not do; bf16 takes the same memory and has the "
+    "range of fp32, so take bf16 or fp32"
+)
+_FLOATS = Choice(("fp32", "bf16"), refused={"fp16": _NO_FP16, "float16": _NO_FP16, "half": _NO_FP16})
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The keys of a recipe and the rules across them.
+
+    Args:
+        keys: The keys, in the order of the yaml files.
+        rules: Each returns problem lines; its parameters are named like the keys that it reads.
+        launch_rules: The same, with a further parameter `launch`: how many processes and GPUs there are.
+        warnings: The same as `rules`; what they return does not stop a run.
+    """
+
+    keys: tuple[Key, ...]
+    rules: tuple[Rule, ...] = ()
+    launch_rules: tuple[Rule, ...] = ()
+    warnings: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse a key that is declared twice."""
+        names = [key.name for key in self.keys]
+        if len(set(names)) != len(names):
+            raise ValueError(f"declared twice: {sorted({name for name in names if names.count(name) > 1})}")
+
+
+OUTPUT = (
+    Key("output_dir", Text("a path"), "folder that the run writes to; refused if it holds another run"),
+    Key("seed", Number(integer=True, low=0), "decides initial weights, data order and masks", default=0),
+    Key("device", Choice(("cpu", "cuda")), "where the model is", default="cuda"),
+)
+
+MODEL = (
+    Key("tokenizer", Component(), "builder of the tokenizer"),
+    Key("model", Component(trial="meta"), "builder of the backbone"),
+    Key(
+        "checkpoint_dir",
+        Text("a path"),
+        "Hugging Face directory to start from; null = from scratch",
+        default=None,
+        nullable=True,
+    ),
+)
+
+JEPA = (
+    Key("jepa_weight", _NOT_NEGATIVE, "weight of the JEPA loss; 0 = plain diffusion, no target branch", default=1.0),
+    Key("view_sampler", Component(trial="alone"), "draws the mask ratios of the context and target views"),
+    Key(
+        "predictor",
+        Component(
+            positional=("embed_dim", "mlp_dim"),
+            ranges=(ArgumentRange("num_layers", _ONE_TO_FIVE, "dllm_jepa.jepa.transformer_predictor"),),
+        ),
+        "maps the pooled context embedding to the target's; needed unless jepa_weight is 0",
+        default=None,
+        nullable=True,
+    ),
+    Key(
+        "target_encoder",
+        Component(
+            positional=("backbone",),
+            ranges=(ArgumentRange("ema_decay", Number(low=0, high=1, high_open=True)),),
+        ),
+        "embeds the target view; needed unless jepa_weight is 0",
+        default=None,
+        nullable=True,
+    ),
+    Key("jepa_every", _COUNT, "run the target branch on every n-th step only", default=1),
+    Key(
+        "jepa_ratio",
+        Number(low=0, high=1, low_open=True),
+        "run the target branch on this fraction of the steps; null = all",
+        default=None,
+        nullable=True,
+    ),
+    Key("shuffle_targets", Flag(), "control: compare each sequence with another one's target", default=False),
+    Key("l2_anchor_weight", _NOT_NEGATIVE, "weight of the squared distance to the initial weights; 0 = off", default=0),
+    Key("pooled_layer_norm", Flag(), "LayerNorm without affine parameters on pooled embeddings", default=True),
+    Key("monitor_every", Number(integer=True, low=0), "steps between collapse measurements; 0 = off", default=0),
+)
+
+DATA = (
+    Key(
+        "dataset",
+        Component(keywords=("tokenizer", "max_seq_len", "shift_logits", "progress")),
+        "builder of the task: rows to tokens",
+    ),
+    Key("max_seq_len", Number(integer=True, low=2), "longest sequence, tokens"),
+    Key("global_batch_size", _COUNT, "sequences per optimizer step, over all ranks"),
+    Key("tokens_per_device", _COUNT, "tokens per micro-batch and rank: the memory knob, does not change the loss"),
+    Key("packed", Flag(), "pack sequences without padding; false = pad each micro-batch", default=True),
+)
+
+LOSS = (
+    Key(
+        "loss_weight",
+        Choice(("mean", "inverse_ratio", "token")),
+        "diffusion loss: mean per sequence, LLaDA's 1/t, or mean over all masked tokens",
+        default="mean",
+    ),
+)
+
+OPTIMIZER = (
+    Key("optimizer", Component(positional=("params",), trial="optimizer"), "builder of the optimizer"),
+    Key(
+        "clip_grad_norm",
+        Number(low=0, low_open=True),
+        "largest gradient norm; null = no clipping",
+        default=1.0,
+        nullable=True,
+    ),
+    Key(
+        "lr_scheduler",
+        Component(
+            positional=("optimizer",),
+            optional=("num_training_steps", "last_epoch"),
+            trial="lr_scheduler",
+        ),
+        "builder of the schedule; null = constant rate",
+        default=None,
+        nullable=True,
+    ),
+)
+
+LOOP = (
+    Key("epochs", _COUNT, "passes over the data"),
+    Key("max_steps", _COUNT, "stop after so many optimizer steps; null = no limit", None, nullable=True),
+    Key("dtype", _FLOATS, "stored weights", default="fp32"),
+    Key("compute_dtype", _FLOATS, "matrix products; fp32 on the CPU", default="fp32"),
+    Key("compile", Flag(), "torch.compile on every layer", default=False),
+    Key("enable_activation_checkpointing", Flag(), "recompute activations in the backward pass", default=False),
+    Key("data_parallel_replicate_dim", _COUNT, "copies of the sharded model; more than 1 = hybrid sharding", default=1),
+)
+
+CHECKPOINT = (
+    Key(
+        "checkpoint",
+        Section(
+            (
+                Key("every_n_steps", _COUNT, "save the training state so often; null = never", None, nullable=True),
+                Key("keep_last", _COUNT, "training states to keep; null = all", None, nullable=True),
+            )
+        ),
+        "the training state, for resuming",
+        default={},
+    ),
+    Key("resume", Text("never, auto or the path of a saved training state"), "what to go on from", default="never"),
+    Key("export", Flag(), "write the trained model to output_dir/hf at the end", default=True),
+)
+
+LOGGING = (
+    Key(
+        "metric_logger",
+        Component(optional=("log_dir",)),
+        "a logger beside output_dir/metrics.jsonl, which is always written; null = none",
+        default=None,
+        nullable=True,
+    ),
+    Key("log_every_n_steps", _COUNT, "steps between lines of the metric logger", default=1),
+)
+
+TRAINING = Schema(
+    keys=OUTPUT + MODEL + JEPA + DATA + LOSS + OPTIMIZER + LOOP + CHECKPOINT + LOGGING,
+    rules=(
+        rules.jepa_parts_present,
+        rules.one_jepa_schedule,
+        rules.shuffling_has_targets,
+        rules.micro_batch_holds_a_sequence,
+        rules.fp32_compute_on_cpu,
+        rules.checkpoint_dir_exists,
+        rules.output_dir_is_no_file,
+        rules.resume_exists,
+    ),
+    launch_rules=(rules.a_sequence_for_every_rank, rules.enough_gpus, rules.replicas_divide_ranks),
+    warnings=(rules.small_rate_on_bf16_weights,),
+)

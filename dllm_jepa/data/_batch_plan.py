@@ -1,0 +1,179 @@
+"""Which sequences a step consumes, and how they are packed into micro-batches and dealt to the ranks.
+
+The science knob (`global_batch_size`) and the memory knob (`tokens_per_device`) are separate: step s takes positions
+s * G ... s * G + G - 1 of the epoch's order, a pure function of (seed, epoch), whatever the number of ranks. The data
+position of a resumed run is its step number.
+
+Shape legend: G sequences of the global batch, R ranks.
+"""
+
+import heapq
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from dllm_jepa.errors import ConfigError
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The sequences of one step.
+
+    Args:
+        epoch: epoch number from 0.
+        samples: int64 [G], dataset indices in batch order.
+        micro_batches: for each rank a list of micro-batches, each a list of positions in `samples`. All ranks have
+            equally many; a micro-batch is empty only when there are fewer sequences than micro-batches.
+    """
+
+    epoch: int
+    samples: IntArray
+    micro_batches: list[list[list[int]]]
+
+
+class BatchPlan:
+    """Deals the sequences of a dataset to steps, ranks and micro-batches.
+
+    The sequences that do not fill the last step of an epoch are left out of it; the next epoch has another order.
+
+    Args:
+        lengths: int64 [number of sequences], lengths in tokens.
+        global_batch_size: G, sequences of a step over all ranks.
+        tokens_per_device: largest micro-batch in tokens; padding counts when `packed` is false.
+        num_ranks: R.
+        seed: seed of the run.
+        packed: sequences lie end to end; otherwise every row is padded to the longest of its micro-batch.
+
+    Raises:
+        ConfigError: if the dataset is smaller than a step, a step than the number of ranks, or a micro-batch than the
+            longest sequence.
+    """
+
+    def __init__(
+        self,
+        lengths: IntArray,
+        *,
+        global_batch_size: int,
+        tokens_per_device: int,
+        num_ranks: int,
+        seed: int,
+        packed: bool = True,
+    ) -> None:
+        if global_batch_size < num_ranks:
+            raise ConfigError(
+                f"global_batch_size={global_batch_size} is below the number of ranks ({num_ranks}): every rank needs a "
+                "sequence; raise it or launch fewer processes"
+            )
+        if len(lengths) < global_batch_size:
+            raise ConfigError(
+                f"global_batch_size={global_batch_size} is above the {len(lengths)} sequences of the dataset: lower it"
+            )
+        if (longest := int(lengths.max())) > tokens_per_device:
+            raise ConfigError(
+                f"tokens_per_device={tokens_per_device} is below the longest sequence ({longest} tokens, sequence "
+                f"{int(lengths.argmax())}): raise it to at least {longest} or lower max_seq_len"
+            )
+        self._lengths = lengths
+        self._global_batch_size = global_batch_size
+        self._tokens_per_device = tokens_per_device
+        self._num_ranks = num_ranks
+        self._seed = seed
+        self._packed = packed
+        self.steps_per_epoch = len(lengths) // global_batch_size
+        self.num_left_out = len(lengths) % global_batch_size
+        # Two epochs, so that reading ahead across their border does not shuffle twice.
+        self._order = lru_cache(maxsize=2)(self._shuffle)
+
+    def step(self, step: int) -> StepPlan:
+        """The plan of a step, counted from 0 over all epochs."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        start = step_of_epoch * self._global_batch_size
+        samples = self._order(epoch)[start : start + self._global_batch_size]
+        split = split_packed if self._packed else split_padded
+        bins = split(self._lengths[samples], self._tokens_per_device, self._num_ranks)
+        return StepPlan(epoch, samples, deal(bins, self._num_ranks))
+
+    def _shuffle(self, epoch: int) -> IntArray:
+        generator = np.random.Generator(np.random.Philox(key=[self._seed, 1], counter=[0, 0, 0, epoch]))
+        return generator.permutation(len(self._lengths))
+
+
+def split_packed(lengths: IntArray, capacity: int, num_ranks: int) -> list[list[int]]:
+    """Split sequences into as few rounds of micro-batches as hold them, with nearly equal numbers of tokens.
+
+    Longest sequence first, always into the emptiest micro-batch; one more round for all ranks while one overflows.
+
+    Args:
+        lengths: int64 [G], in tokens, none above `capacity`.
+        capacity: largest micro-batch in tokens.
+        num_ranks: R.
+
+    Returns:
+        A multiple of R micro-batches, the fullest first, each a list of positions in `lengths`.
+    """
+    order = np.argsort(-lengths, kind="stable").tolist()
+    sizes = lengths.tolist()
+    num_rounds = -(-int(lengths.sum()) // (capacity * num_ranks))
+    while True:
+        loads = [(0, number) for number in range(num_rounds * num_ranks)]
+        bins: list[list[int]] = [[] for _ in loads]
+        for position in order:
+            load, number = loads[0]
+            heapq.heapreplace(loads, (load + sizes[position], number))
+            bins[number].append(position)
+        if max(loads)[0] <= capacity:
+            tokens = dict((number, load) for load, number in loads)
+            return [sorted(bins[number]) for number in sorted(tokens, key=lambda n: (-tokens[n], n))]
+        num_rounds += 1
+
+
+def split_padded(lengths: IntArray, capacity: int, num_ranks: int) -> list[list[int]]:
+    """Split sequences into micro-batches of similar lengths, each padded to its longest.
+
+    Args:
+        lengths: int64 [G], in tokens, none above `capacity`.
+        capacity: largest micro-batch in tokens, padding included.
+        num_ranks: R.
+
+    Returns:
+        A multiple of R micro-batches, the largest first, each a list of positions in `lengths`.
+    """
+    sizes = lengths.tolist()
+    bins: list[list[int]] = []
+    for position in np.argsort(-lengths, kind="stable").tolist():
+        # Sequences arrive longest first, so the first of a micro-batch is its width.
+        if not bins or sizes[bins[-1][0]] * (len(bins[-1]) + 1) > capacity:
+            bins.append([])
+        bins[-1].append(position)
+
+    def padded_tokens(members: list[int]) -> int:
+        return sizes[members[0]] * len(members) if members else 0
+
+    while len(bins) % num_ranks:
+        bins.sort(key=padded_tokens, reverse=True)
+        widest = next((number for number, members in enumerate(bins) if len(members) > 1), None)
+        if widest is None:
+            bins.append([])
+        else:
+            members = bins.pop(widest)
+            bins += [members[: len(members) // 2], members[len(members) // 2 :]]
+    return sorted(bins, key=padded_tokens, reverse=True)
+
+
+def deal(bins: list[list[int]], num_ranks: int) -> list[list[list[int]]]:
+    """Deal micro-batches, the largest first, so that ranks that run side by side have nearly the same work.
+
+    Args:
+        bins: a multiple of R micro-batches in falling order of size.
+        num_ranks: R.
+
+    Returns:
+        For each rank its micro-batches. Every other round is dealt backwards, which evens out the totals.
+    """
+    rounds = [bins[start : start + num_ranks] for start in range(0, len(bins), num_ranks)]
+    rounds = [members[::-1] if number % 2 else members for number, members in enumerate(rounds)]
+    return [[members[rank] for members in rounds] for rank in range(num_ranks)]

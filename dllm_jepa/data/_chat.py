@@ -1,0 +1,88 @@
+"""Conversations: every assistant turn is a response."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from dllm_jepa.data._examples import ExampleOptions, TooLong
+from dllm_jepa.data._sequences import SequenceDataset
+from dllm_jepa.data._sources import Row, check_text, read_rows
+from dllm_jepa.data._templates import TextTokenizer, format_chat
+from dllm_jepa.errors import DataError
+
+_ROLES = ("system", "user", "assistant")
+
+
+def chat(
+    tokenizer: TextTokenizer,
+    *,
+    source: str,
+    max_seq_len: int,
+    split: str = "train",
+    name: str | None = None,
+    system_prompt: str | None = None,
+    too_long: TooLong = "truncate",
+    eos_fill: int = 0,
+    canvas_tokens: int | None = None,
+    mask_prompt: bool = False,
+    shift_logits: bool = False,
+    progress: bool = True,
+) -> SequenceDataset:
+    """Conversations: rows with `messages`, a list of {"role": system, user or assistant, "content": text}.
+
+    All assistant turns are maskable, each with the token that ends it; the end-of-text tokens follow the last one.
+    Messages behind the last assistant turn are left out, since nothing answers them.
+
+    Args:
+        tokenizer: the model's tokenizer; it must have a chat format.
+        source: a .jsonl file, or a hub dataset.
+        max_seq_len: longest sequence in tokens.
+        split: split of a hub dataset.
+        name: configuration of a hub dataset.
+        system_prompt: in place of the row's own system message; "" for none; None leaves the row as it is.
+        too_long: `truncate` or `refuse` longer sequences.
+        eos_fill: end-of-text tokens after the last response; see `ExampleOptions`, also for what follows.
+        canvas_tokens: fill the last response to this many tokens instead.
+        mask_prompt: whether noise may replace system and user messages and the marks of turns too.
+        shift_logits: the first token is never maskable.
+        progress: show a progress bar.
+
+    Raises:
+        DataError: the source or some of its rows cannot be used.
+        ValueError: an option is out of range.
+    """
+    options = ExampleOptions(
+        "chat", max_seq_len, too_long, eos_fill, canvas_tokens, mask_prompt, shift_logits, progress
+    )
+
+    def examples() -> Iterator[tuple[list[int], list[bool], str]]:
+        for row in read_rows(source, fields=["messages"], split=split, name=name, kind=list):
+            messages = _messages(row, system_prompt)
+            tokens, maskable = format_chat(tokenizer, messages)
+            if any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+                yield *options.finish(tokenizer, tokens, maskable), row.name
+            else:
+                yield tokens, [False] * len(tokens), row.name
+
+    return options.collect(examples(), source=source)
+
+
+def _messages(row: Row, system_prompt: str | None) -> list[dict[str, str]]:
+    messages = row.values["messages"]
+    if not messages:
+        raise DataError(f"{row.name}: field 'messages' is empty")
+    for number, message in enumerate(messages, start=1):
+        _check_message(message, f"{row.name}: message {number}")
+    if system_prompt is None:
+        return [{"role": message["role"], "content": message["content"]} for message in messages]
+    own = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return own + [message for message in messages if message["role"] != "system"]
+
+
+def _check_message(message: Any, place: str) -> None:
+    if not isinstance(message, dict):
+        raise DataError(f"{place} is not an object with role and content")
+    if message.get("role") not in _ROLES:
+        raise DataError(f"{place} has role {message.get('role')!r}, must be one of {', '.join(_ROLES)}")
+    if not isinstance(message.get("content"), str):
+        raise DataError(f"{place} has no text under 'content'")
+    check_text(message["content"], place)

@@ -1,0 +1,95 @@
+"""Predictors: from the context embedding to a guess of the target embedding.
+
+Shape legend: S sequences, D hidden.
+"""
+
+from torch import Tensor, nn
+from torchtune.modules import FeedForward, RMSNorm
+
+
+class PredictorLayer(nn.Module):
+    """A pre-norm decoder layer on sequences of length one.
+
+    Attention over one token returns that token's value whatever its query and key, so the layer has none: they would
+    get gradient exactly zero.
+
+    Args:
+        embed_dim: D.
+        mlp_dim: width of the feed-forward layer.
+    """
+
+    def __init__(self, embed_dim: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.sa_norm = RMSNorm(embed_dim)
+        self.v_proj = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.output_proj = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.mlp_norm = RMSNorm(embed_dim)
+        self.mlp = FeedForward(
+            gate_proj=nn.Linear(embed_dim, mlp_dim, bias=False),
+            down_proj=nn.Linear(mlp_dim, embed_dim, bias=False),
+            up_proj=nn.Linear(embed_dim, mlp_dim, bias=False),
+        )
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Apply the layer to [S, D]."""
+        pooled = pooled + self.output_proj(self.v_proj(self.sa_norm(pooled)))
+        return pooled + self.mlp(self.mlp_norm(pooled))
+
+
+class Predictor(nn.Module):
+    """Layers over the pooled context embedding.
+
+    Args:
+        layers: modules from [S, D] to [S, D], applied in turn.
+    """
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Predict the target embeddings.
+
+        Args:
+            pooled: [S, D], pooled context embeddings.
+
+        Returns:
+            pred [S, D].
+        """
+        for layer in self.layers:
+            pooled = layer(pooled)
+        return pooled
+
+
+def transformer_predictor(embed_dim: int, mlp_dim: int, *, num_layers: int = 1) -> Predictor:
+    """Decoder layers of the backbone's width and a final norm.
+
+    Args:
+        embed_dim: hidden size of the backbone.
+        mlp_dim: width of its feed-forward layers.
+        num_layers: 1 to 5.
+
+    Raises:
+        ValueError: if `num_layers` is out of range.
+
+    Source: DLLM-JEPA, arXiv 2606.00091.
+    """
+    if not 1 <= num_layers <= 5:
+        raise ValueError(f"num_layers must be between 1 and 5, got {num_layers}")
+    return Predictor([*(PredictorLayer(embed_dim, mlp_dim) for _ in range(num_layers)), RMSNorm(embed_dim)])
+
+
+def mlp_predictor(embed_dim: int, mlp_dim: int) -> Predictor:
+    """Two linear layers with a GELU between them: an ablation.
+
+    Args:
+        embed_dim: hidden size of the backbone.
+        mlp_dim: width between the two.
+    """
+    return Predictor([nn.Linear(embed_dim, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, embed_dim)])
+
+
+def identity_predictor(embed_dim: int, mlp_dim: int) -> Predictor:
+    """No predictor: the context embedding itself is compared with the target. An ablation; sizes are not used."""
+    del embed_dim, mlp_dim
+    return Predictor([])

@@ -1,0 +1,132 @@
+"""Bidirectional attention over padded rows or packed sequences, and rotate-half rotary embeddings.
+
+Shape legend: B rows, T tokens of a row, N tokens of a packed row, D hidden, H query heads, K key/value heads,
+h head size, S packed sequences, L longest sequence of a bucket.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from torchtune.models.qwen2 import Qwen2RotaryPositionalEmbeddings
+from torchtune.modules import MultiHeadAttention, RMSNorm
+
+from dllm_jepa.packing import PackedSequences
+
+AttentionMask = Tensor | PackedSequences | None
+"""None: every token sees its whole row. bool [B, T]: True at real tokens. `PackedSequences`: tokens see their own."""
+
+
+class RotaryEmbedding(Qwen2RotaryPositionalEmbeddings):
+    """Rotate-half rotary embedding, computed in fp32 whatever the type of its input.
+
+    Both LLaDA and Dream store their query and key weights for this layout, so no weight has to be permuted.
+    """
+
+    def forward(self, x: Tensor, input_pos: Tensor | None = None) -> Tensor:
+        """Rotate queries or keys.
+
+        Args:
+            x: [B, T, heads, h].
+            input_pos: int64 [B, T], position of each token in its sequence; None counts from 0 at the left edge.
+
+        Returns:
+            [B, T, heads, h], in the type of `x`.
+        """
+        cache = self.cache[: x.size(1)] if input_pos is None else self.cache[input_pos]
+        cos, sin = cache.unsqueeze(-2).chunk(2, dim=-1)  # [B or -, T, 1, h]
+        first, second = x.float().chunk(2, dim=-1)
+        rotated = torch.cat((-second, first), dim=-1)
+        return (x.float() * cos + rotated * sin).to(x.dtype)
+
+
+class CastRMSNorm(RMSNorm):
+    """RMSNorm that normalizes in fp32, casts back and only then multiplies by its weight, as both families do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize over the last dimension; shape and type of `x` are kept."""
+        return F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype) * self.scale
+
+
+class BidirectionalAttention(MultiHeadAttention):
+    """Multi-head attention in which every token of a sequence sees all of it; grouped key/value heads allowed."""
+
+    def forward(
+        self, x: Tensor, y: Tensor | None = None, *, mask: AttentionMask = None, input_pos: Tensor | None = None
+    ) -> Tensor:
+        """Self-attention.
+
+        Args:
+            x: [B, T, D].
+            y: not used; part of the signature because torchtune's layer passes its input twice.
+            mask: see `AttentionMask`.
+            input_pos: int64 [B, T], position of each token in its sequence.
+
+        Returns:
+            [B, T, D].
+        """
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )  # [B, T, H or K, h]
+        q = self.pos_embeddings(q, input_pos=input_pos)
+        k = self.pos_embeddings(k, input_pos=input_pos)
+        if isinstance(mask, PackedSequences):
+            out = packed_attention(q[0], k[0], v[0], mask).unsqueeze(0)
+        else:
+            out = padded_attention(q, k, v, mask)
+        return self.output_proj(out.flatten(-2))
+
+
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Bidirectional attention over the rows of a batch.
+
+    Args:
+        q: [B, T, H, h].
+        k: [B, T, K, h].
+        v: [B, T, K, h].
+        key_mask: bool [B, T], True at real tokens, or None when every token is real.
+
+    Returns:
+        [B, T, H, h]; values at padded positions mean nothing.
+    """
+    group = q.size(2) // k.size(2)
+    # The fused CPU kernels take no grouped heads, and repeating k and v costs little beside the products.
+    k, v = (heads.repeat_interleave(group, dim=2) if group > 1 else heads for heads in (k, v))
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    return F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+    ).transpose(1, 2)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: PackedSequences) -> Tensor:
+    """Bidirectional attention within each sequence of a packed row.
+
+    Half-precision tensors on a GPU take the variable-length kernel; everything else is the reference: padded calls
+    over buckets of similar length.
+
+    Args:
+        q: [N, H, h].
+        k: [N, K, h].
+        v: [N, K, h].
+        packing: bounds of the sequences.
+
+    Returns:
+        [N, H, h].
+    """
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        bounds, longest = packing.cu_seqlens, packing.max_seqlen
+        return varlen_attn(q, k, v, bounds, bounds, longest, longest, enable_gqa=q.size(1) != k.size(1))
+    return _bucketed_attention(q, k, v, packing)
+
+
+@torch.compiler.disable
+def _bucketed_attention(q: Tensor, k: Tensor, v: Tensor, packing: PackedSequences) -> Tensor:
+    # index_select on flat rows: its backward is a plain row-wise add, many times faster on CPU than that of q[index].
+    outs = []
+    for bucket in packing.buckets:
+        rows = bucket.index.flatten()
+        padded = (
+            heads.flatten(1).index_select(0, rows).view(*bucket.index.shape, *heads.shape[1:]) for heads in (q, k, v)
+        )  # [S, L, H or K, h]
+        outs.append(padded_attention(*padded, bucket.valid).flatten(0, 1))
+    return torch.cat(outs).flatten(1).index_select(0, packing.bucket_positions).view_as(q)

@@ -1,0 +1,168 @@
+"""Reading a published checkpoint: config.json and safetensors, never code and never pickles."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dllm_jepa.errors import CheckpointError
+from dllm_jepa.models._families import FAMILIES
+from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM, TransformerSizes, init_rope
+
+INDEX_NAME = "model.safetensors.index.json"
+_SINGLE_NAME = "model.safetensors"
+
+
+class HFCheckpoint:
+    """A directory with config.json and safetensors, opened but not loaded.
+
+    Weights are read by our names, one tensor (or some of its rows) at a time, so that a rank of a sharded model reads
+    no more than its own part.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        CheckpointError: if the directory, its config.json or its weight files cannot be used.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            what = "is not a directory" if self.path.exists() else "does not exist"
+            raise CheckpointError(f"checkpoint directory {self.path} {what}")
+        self.config = _read_json(self.path / "config.json")
+        self.family, self.sizes = _read_architecture(self.path / "config.json", self.config)
+        self._names = FAMILIES[self.family].hf_names(self.sizes)
+        self._files = {file: _open(self.path / file) for file in self._weight_files()}
+        self._file_of = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118
+
+    def build(self) -> MaskedDiffusionLM:
+        """The model on the meta device: shapes without memory."""
+        with torch.device("meta"):
+            return FAMILIES[self.family].build(self.sizes)
+
+    def architecture_differences(self, model: MaskedDiffusionLM) -> list[str]:
+        """What config.json and a model disagree on, one line each; empty when they compute the same function."""
+        if model.family != self.family:
+            return [f"its config.json has model_type {self.family!r}, the configured model is of family {model.family!r}"]
+        return [
+            f"{key} is {getattr(self.sizes, key)} in config.json, {getattr(model.sizes, key)} in the configured model"
+            for key in TransformerSizes.__dataclass_fields__
+            # A shorter context only limits what may be fed in; everything else changes the function.
+            if key != "max_seq_len" and getattr(self.sizes, key) != getattr(model.sizes, key)
+        ]
+
+    def check(self, model: MaskedDiffusionLM) -> None:
+        """Hold a model (on any device, before sharding) against the files.
+
+        Raises:
+            CheckpointError: listing every difference in architecture and every missing, unexpected or mis-shaped tensor.
+        """
+        problems = self.architecture_differences(model)
+        if not problems:
+            shapes = {self._names[name]: tuple(param.shape) for name, param in model.named_parameters()}
+            problems += [f"missing tensor {name} {list(shapes[name])}" for name in sorted(shapes.keys() - self._file_of)]
+            problems += [f"unexpected tensor {name}" for name in sorted(self._file_of.keys() - shapes.keys())]
+            for name in sorted(shapes.keys() & self._file_of.keys()):
+                found = tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
+                if found != shapes[name]:
+                    problems.append(f"tensor {name} has shape {list(found)}, the model needs {list(shapes[name])}")
+        if problems:
+            raise CheckpointError(f"checkpoint {self.path} does not fit the model:\n  " + "\n  ".join(problems))
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """Read a weight by our name.
+
+        Args:
+            name: parameter name of `MaskedDiffusionLM`.
+            rows: slice of the first dimension; None reads everything.
+
+        Returns:
+            The tensor on CPU, in the stored type.
+        """
+        hf_name = self._names[name]
+        weights = self._files[self._file_of[hf_name]].get_slice(hf_name)
+        return weights[:] if rows is None else weights[rows]
+
+    def _weight_files(self) -> list[str]:
+        index = self.path / INDEX_NAME
+        if index.exists():
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{index} has no weight_map")
+            files = sorted(set(weight_map.values()))
+            if outside := [file for file in files if Path(file).name != file]:
+                raise CheckpointError(f"{index} names files outside its directory: {outside}")
+            return files
+        if (self.path / _SINGLE_NAME).exists():
+            return [_SINGLE_NAME]
+        raise CheckpointError(
+            f"{self.path} has neither {INDEX_NAME} nor {_SINGLE_NAME}; only safetensors are read (a .bin file is a "
+            "pickle and can run code: convert it first)"
+        )
+
+
+def load_hf(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> MaskedDiffusionLM:
+    """Load a published checkpoint into one process.
+
+    The family is picked by `model_type`; only config.json and safetensors are read, tensor by tensor.
+
+    Args:
+        path: directory with config.json and safetensors.
+        dtype: type of the loaded weights.
+        device: where they go.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        CheckpointError: if the directory cannot be read or does not hold exactly the tensors of its config.json.
+    """
+    checkpoint = HFCheckpoint(path)
+    model = checkpoint.build()
+    checkpoint.check(model)
+    model = model.to(dtype).to_empty(device=device)
+    init_rope(model)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.copy_(checkpoint.read(name))
+    return model.eval()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint directory {file.parent} has no {file.name}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _read_architecture(file: Path, config: dict[str, Any]) -> tuple[str, TransformerSizes]:
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise CheckpointError(f"{file}: model_type is {model_type!r}; known: {', '.join(sorted(FAMILIES))}")
+    try:
+        return model_type, FAMILIES[model_type].sizes(config)
+    except KeyError as error:
+        raise CheckpointError(f"{file} has no key {error.args[0]!r}, which {model_type} needs") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"weight file {file} is missing; download the checkpoint again") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"weight file {file} is damaged or truncated ({error}); download it again") from None

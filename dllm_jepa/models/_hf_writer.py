@@ -1,0 +1,121 @@
+"""Writing a model in its published layout: sharded safetensors, index, config.json and the files of its origin."""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dllm_jepa.errors import CheckpointError
+from dllm_jepa.models._families import FAMILIES
+from dllm_jepa.models._hf_reader import INDEX_NAME, HFCheckpoint
+from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
+from dllm_jepa.models._tokenizer import Tokenizer
+
+_COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.*",
+    "*.py",
+)
+
+
+def save_hf(
+    model: MaskedDiffusionLM,
+    path: str | Path,
+    like: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
+    tokenizer: Tokenizer | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a model so that the published class (and `load_hf`) loads it.
+
+    The files are written beside `path` and renamed, so `path` appears complete or not at all. No more than one shard
+    is held in memory beside the model.
+
+    Args:
+        model: the model; it gives the names, the family and the sizes.
+        path: directory to create.
+        like: published directory to copy config.json, generation_config.json, tokenizer files and `*.py` from,
+            unchanged. None writes config.json from the model's sizes.
+        dtype: type to store; None keeps each weight's own.
+        weights: (name, full tensor) in the order of `model.state_dict()`, for a model whose own parameters are sharded.
+            None takes them from the model.
+        tokenizer: without `like`, its files are written and its special ids go into config.json.
+        shard_bytes: largest size of a weight file in bytes.
+
+    Raises:
+        CheckpointError: if `path` exists, or `like` is a checkpoint of another architecture.
+    """
+    path = Path(path)
+    if path.exists():
+        raise CheckpointError(f"{path} already exists; nothing is overwritten: choose another directory or remove it")
+    origin = None if like is None else HFCheckpoint(like)
+    if origin is not None and (differences := origin.architecture_differences(model)):
+        raise CheckpointError(f"a model cannot be written like {like}: {'; '.join(differences)}")
+    unfinished = path.with_name(path.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    named = weights if weights is not None else model.state_dict().items()
+    _write_shards(model, unfinished, named, dtype, shard_bytes)
+    if origin is None:
+        config = FAMILIES[model.family].config(model.sizes)
+        if tokenizer is not None:
+            tokenizer.save(unfinished)
+            config |= {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("mask", "eos", "pad", "bos")}
+        (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    else:
+        for file in {file for pattern in _COPIED for file in origin.path.glob(pattern)}:
+            shutil.copyfile(file, unfinished / file.name)
+    unfinished.rename(path)
+
+
+def _write_shards(
+    model: MaskedDiffusionLM,
+    directory: Path,
+    named: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+) -> None:
+    names = FAMILIES[model.family].hf_names(model.sizes)
+    sizes = {
+        names[name]: weight.numel() * (dtype or weight.dtype).itemsize for name, weight in model.state_dict().items()
+    }
+    shards = list(_plan_shards(sizes, shard_bytes))
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    stream = iter(named)
+    for file, members in zip(files, shards, strict=True):
+        shard = {}
+        for member in members:
+            name, weight = next(stream)
+            if names[name] != member:
+                raise AssertionError(f"weights arrive out of order: {names[name]} instead of {member}")
+            shard[member] = weight.detach().to("cpu", dtype or weight.dtype).contiguous()
+        save_file(shard, directory / file, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(sizes.values())},
+        "weight_map": {member: file for file, members in zip(files, shards, strict=True) for member in members},
+    }
+    (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _plan_shards(sizes: Mapping[str, int], shard_bytes: int) -> Iterator[list[str]]:
+    members: list[str] = []
+    filled = 0
+    for name, size in sizes.items():
+        if members and filled + size > shard_bytes:
+            yield members
+            members, filled = [], 0
+        members.append(name)
+        filled += size
+    yield members

@@ -1,0 +1,222 @@
+"""The model every backbone family builds: a bidirectional transformer, a head, and the family's logit alignment.
+
+Shape legend: B rows, T tokens of a row, D hidden, V vocabulary, n positions to score.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchtune.modules import FeedForward, TransformerSelfAttentionLayer
+
+from dllm_jepa.models._attention import AttentionMask, BidirectionalAttention, CastRMSNorm, RotaryEmbedding
+from dllm_jepa.packing import PackedSequences
+
+
+@dataclass(frozen=True)
+class TransformerSizes:
+    """Numbers that fix an architecture.
+
+    Args:
+        vocab_size: rows of the embedding, ids without a token included.
+        embed_dim: hidden size D.
+        num_layers: transformer layers.
+        num_heads: query heads.
+        num_kv_heads: key/value heads; a divisor of `num_heads`.
+        mlp_dim: width of the feed-forward layer.
+        max_seq_len: longest sequence in tokens.
+        rope_base: base of the rotary frequencies.
+        norm_eps: epsilon of the RMSNorms.
+        tie_embeddings: the head reuses the embedding.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    mlp_dim: int
+    max_seq_len: int
+    rope_base: float
+    norm_eps: float
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that the sizes fit each other.
+
+        Raises:
+            ValueError: naming the two sizes that do not fit.
+        """
+        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.embed_dim % self.num_heads or (self.embed_dim // self.num_heads) % 2:
+            raise ValueError(
+                f"embed_dim ({self.embed_dim}) must be an even multiple of num_heads ({self.num_heads}): "
+                "rotary embeddings rotate pairs"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+
+
+class Backbone(nn.Module):
+    """Embedding, transformer layers and final norm: tokens in, hidden states out."""
+
+    def __init__(self, sizes: TransformerSizes, *, attn_bias: bool) -> None:
+        super().__init__()
+        self.max_seq_len = sizes.max_seq_len
+        rope = RotaryEmbedding(sizes.embed_dim // sizes.num_heads, sizes.max_seq_len, sizes.rope_base)
+        self.tok_embeddings = nn.Embedding(sizes.vocab_size, sizes.embed_dim)
+        self.layers = nn.ModuleList(_build_layer(sizes, rope, attn_bias) for _ in range(sizes.num_layers))
+        self.norm = CastRMSNorm(sizes.embed_dim, eps=sizes.norm_eps)
+
+    def forward(self, tokens: Tensor, *, mask: AttentionMask = None, input_pos: Tensor | None = None) -> Tensor:
+        """Post-norm hidden states.
+
+        Args:
+            tokens: int64 [B, T].
+            mask: see `AttentionMask`.
+            input_pos: int64 [B, T], position of each token in its sequence; None counts from 0 at the left edge.
+
+        Returns:
+            [B, T, D].
+
+        Raises:
+            ValueError: if a row without `input_pos` is longer than `max_seq_len`.
+        """
+        if input_pos is None and tokens.size(1) > self.max_seq_len:
+            raise ValueError(f"a row of {tokens.size(1)} tokens is over the model's max_seq_len of {self.max_seq_len}")
+        hidden = self.tok_embeddings(tokens)  # [B, T, D]
+        for layer in self.layers:
+            hidden = layer(hidden, mask=mask, input_pos=input_pos)
+        return self.norm(hidden)
+
+
+class MaskedDiffusionLM(nn.Module):
+    """A backbone with its head: hidden states, and the logits of chosen tokens only.
+
+    Args:
+        sizes: numbers of the architecture.
+        family: `model_type` of the published config.json.
+        shift_logits: token i is scored from hidden state i - 1 (Dream) instead of i (LLaDA). Callers always ask for
+            the logits *of token i*; the shift is applied inside.
+        attn_bias: query, key and value projections have biases.
+    """
+
+    def __init__(self, sizes: TransformerSizes, *, family: str, shift_logits: bool, attn_bias: bool) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.family = family
+        self.shift_logits = shift_logits
+        self.backbone = Backbone(sizes, attn_bias=attn_bias)
+        self.head = None if sizes.tie_embeddings else nn.Linear(sizes.embed_dim, sizes.vocab_size, bias=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        attention_mask: AttentionMask = None,
+        input_pos: Tensor | None = None,
+        logits_at: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states of all tokens and logits of the chosen ones.
+
+        Args:
+            tokens: int64 [B, T].
+            attention_mask: bool or int [B, T], True or 1 at real tokens; a `PackedSequences` for a packed row
+                [1, N]; None when every token is real.
+            input_pos: int64 [B, T], position of each token in its sequence; None counts from 0 at the left edge, pads
+                included (for a packed row: from the start of each sequence).
+            logits_at: int64 [n], flat positions b * T + i whose token is to be scored; None for no logits. A shifted
+                model has no hidden state before the first token of a sequence and scores it, as the published code
+                does, from its own.
+
+        Returns:
+            hidden [B, T, D] after the final norm, and logits [n, V] or None.
+        """
+        if isinstance(attention_mask, PackedSequences):
+            mask: AttentionMask = attention_mask
+            if input_pos is None:
+                input_pos = _packed_positions(attention_mask, tokens.size(1))
+        else:
+            mask = None if attention_mask is None else attention_mask.bool()
+        hidden = self.backbone(tokens, mask=mask, input_pos=input_pos)
+        if logits_at is None:
+            return hidden, None
+        if self.shift_logits:
+            logits_at = logits_at - (~_is_first(tokens, attention_mask))[logits_at].long()
+        return hidden, self._score(hidden.flatten(0, 1)[logits_at])
+
+    def token_logits(self, tokens: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits of every token: for generation, likelihoods and tests, never for training.
+
+        Args:
+            tokens: int64 [B, T].
+            attention_mask: bool or int [B, T], True or 1 at real tokens.
+
+        Returns:
+            [B, T, V]; entry [b, i] scores token i.
+        """
+        everywhere = torch.arange(tokens.numel(), device=tokens.device)
+        _, logits = self(tokens, attention_mask=attention_mask, logits_at=everywhere)
+        return logits.unflatten(0, tokens.shape)
+
+    def _score(self, hidden: Tensor) -> Tensor:
+        if self.head is None:
+            return F.linear(hidden, self.backbone.tok_embeddings.weight)
+        return self.head(hidden)
+
+
+def init_rope(module: nn.Module) -> None:
+    """Compute the rotary tables anew on the device they are on, in fp32.
+
+    They are no weights: a module built on the meta device, or cast to another type, needs this call.
+    """
+    for submodule in module.modules():
+        if isinstance(submodule, RotaryEmbedding):
+            with submodule.cache.device:
+                submodule.rope_init()
+
+
+def _build_layer(sizes: TransformerSizes, rope: RotaryEmbedding, attn_bias: bool) -> TransformerSelfAttentionLayer:
+    dim, head_dim = sizes.embed_dim, sizes.embed_dim // sizes.num_heads
+    kv_dim = sizes.num_kv_heads * head_dim
+    attn = BidirectionalAttention(
+        embed_dim=dim,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=head_dim,
+        q_proj=nn.Linear(dim, dim, bias=attn_bias),
+        k_proj=nn.Linear(dim, kv_dim, bias=attn_bias),
+        v_proj=nn.Linear(dim, kv_dim, bias=attn_bias),
+        output_proj=nn.Linear(dim, dim, bias=False),
+        pos_embeddings=rope,
+        max_seq_len=sizes.max_seq_len,
+        is_causal=False,
+    )
+    mlp = FeedForward(
+        gate_proj=nn.Linear(dim, sizes.mlp_dim, bias=False),
+        down_proj=nn.Linear(sizes.mlp_dim, dim, bias=False),
+        up_proj=nn.Linear(dim, sizes.mlp_dim, bias=False),
+    )
+    return TransformerSelfAttentionLayer(
+        attn, mlp, sa_norm=CastRMSNorm(dim, eps=sizes.norm_eps), mlp_norm=CastRMSNorm(dim, eps=sizes.norm_eps)
+    )
+
+
+def _packed_positions(packing: PackedSequences, num_tokens: int) -> Tensor:
+    """int64 [1, N], position of every token counted from the start of its sequence."""
+    row = torch.arange(num_tokens, device=packing.cu_seqlens.device)
+    starts, lengths = packing.cu_seqlens[:-1].long(), packing.cu_seqlens.diff().long()
+    return (row - starts.repeat_interleave(lengths, output_size=num_tokens)).unsqueeze(0)
+
+
+def _is_first(tokens: Tensor, attention_mask: AttentionMask) -> Tensor:
+    """bool [B * T], True at the first token of every sequence."""
+    first = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device)
+    if isinstance(attention_mask, PackedSequences):
+        first[attention_mask.cu_seqlens[:-1].long()] = True
+    else:
+        first[:: tokens.size(1)] = True
+    return first

@@ -1,0 +1,208 @@
+"""The tokenizer of a masked diffusion language model: text and chats to token ids and back."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tokenizers
+
+from dllm_jepa.errors import CheckpointError
+from dllm_jepa.models._tokenizer_files import ADDED_TOKEN_FLAGS, CONFIG_NAME, TOKENIZER_NAME
+
+ROLES = ("system", "user", "assistant")
+
+
+class Tokenizer:
+    """Text to token ids and back, with a mask token.
+
+    Attributes:
+        vocab_size: highest id that has a token, plus one.
+        token_ids: the ids that have a token, ascending. A model may score more ids than these; never sample the others.
+        mask_id: id of the mask token.
+        eos_id: id of the end-of-text token.
+        pad_id: id of the padding token.
+        bos_id: id of the token in front of a text, or None.
+
+    Args:
+        backend: tokenizer of the `tokenizers` library. It is taken over: truncation and padding are switched off and
+            the special tokens are marked as such.
+        mask_token: name of the mask token.
+        eos_token: name of the end-of-text token.
+        pad_token: name of the padding token; None pads with `eos_token`.
+        bos_token: name of the token in front of a text; None if there is none.
+
+    Raises:
+        ValueError: if one of the names is not in the vocabulary.
+    """
+
+    chat_tokens: ClassVar[tuple[str, ...]] = ()
+    """Names of the tokens that mark the turns of a chat, where the family has a chat format."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        mask_token: str,
+        eos_token: str,
+        pad_token: str | None = None,
+        bos_token: str | None = None,
+    ) -> None:
+        pad_token = eos_token if pad_token is None else pad_token
+        self._names = {"mask_token": mask_token, "eos_token": eos_token, "pad_token": pad_token}
+        if bos_token is not None:
+            self._names["bos_token"] = bos_token
+        vocab = backend.get_vocab()
+        if absent := [f"{key} {name!r}" for key, name in self._names.items() if name not in vocab]:
+            raise ValueError(f"not in the vocabulary: {', '.join(absent)}")
+        ids = {key: vocab[name] for key, name in self._names.items()}
+        chat = [name for name in self.chat_tokens if name in vocab]
+        backend.add_special_tokens([*self._names.values(), *chat])
+        # A published tokenizer.json may carry the lengths of its last use, which would cut a text without a word.
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._keep_special_text_plain()
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.token_ids: list[int] = sorted(set(vocab.values()))
+        self.vocab_size: int = self.token_ids[-1] + 1
+        self.mask_id: int = ids["mask_token"]
+        self.eos_id: int = ids["eos_token"]
+        self.pad_id: int = ids["pad_token"]
+        self.bos_id: int | None = ids.get("bos_token")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy in another process."""
+        self.__dict__.update(state)
+        self._keep_special_text_plain()
+
+    def _keep_special_text_plain(self) -> None:
+        # The backend forgets this switch when it is pickled or saved.
+        self._backend.encode_special_tokens = True
+
+    def encode(self, text: str) -> list[int]:
+        """Encode plain text.
+
+        Args:
+            text: any text. The name of a special token inside it stays text: its id is never returned.
+
+        Returns:
+            Token ids, without bos and eos.
+        """
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        for special_id in self._special_ids.intersection(ids):
+            # Only a model that looks up whole words gets here, with a special token among its words: cut that in two.
+            name = str(self._backend.id_to_token(special_id))
+            if name in text and len(name) > 1:
+                head, tail = text.split(name, 1)
+                return self.encode(head + name[0]) + self.encode(name[1:] + tail)
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Decode token ids; ids without a token yield nothing.
+
+        Args:
+            token_ids: ids, each >= 0.
+            skip_special_tokens: whether special tokens are left out of the text.
+
+        Returns:
+            The text. Bytes that are not UTF-8 become U+FFFD.
+        """
+        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        """Encode a conversation in the family's chat format.
+
+        Content is encoded apart from the markup, so the border of a response is exact, and the encoding of a
+        conversation up to an answer (with `add_generation_prompt`) is a prefix of the encoding with the answer.
+
+        Args:
+            messages: at least one {"role": "system" | "user" | "assistant", "content": text}.
+            add_generation_prompt: whether to append the header of an assistant message, for the model to go on from.
+
+        Returns:
+            Token ids, and `response` of the same length: True on the content of assistant messages and on the token
+            that ends their turn. No eos is appended.
+
+        Raises:
+            ValueError: if there is no message, or one has an unknown role or no text.
+            CheckpointError: if the checkpoint has no chat format.
+        """
+        raise CheckpointError("this tokenizer has no chat format; use `template: plain`")
+
+    def _encode_turns(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        before: list[int],
+        header: Callable[[str], list[int]],
+        end_of_turn: list[int],
+        add_generation_prompt: bool,
+    ) -> tuple[list[int], list[bool]]:
+        """Join turns of `header(role)`, content, `end_of_turn`, whose first id belongs to the response."""
+        ids = list(before)
+        response = [False] * len(before)
+        for message in messages:
+            turn = header(message["role"])
+            response += [False] * len(turn)
+            content = self.encode(message["content"])
+            response += [message["role"] == "assistant"] * (len(content) + 1) + [False] * (len(end_of_turn) - 1)
+            ids += turn + content + end_of_turn
+        if add_generation_prompt:
+            turn = header("assistant")
+            ids += turn
+            response += [False] * len(turn)
+        return ids, response
+
+    def _chat_ids(self) -> list[int]:
+        """Ids of `chat_tokens`, in that order.
+
+        Raises:
+            CheckpointError: if one of them is not in the vocabulary.
+        """
+        ids = {name: self._backend.token_to_id(name) for name in self.chat_tokens}
+        if absent := [name for name, token_id in ids.items() if token_id is None]:
+            raise CheckpointError(
+                f"this is the tokenizer of a base model: it has no chat tokens {', '.join(absent)}. Use "
+                "`template: plain`, or the tokenizer files of the Instruct checkpoint"
+            )
+        return [token_id for token_id in ids.values() if token_id is not None]
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, from which the family's builder makes an equal tokenizer.
+
+        Args:
+            directory: where to write; made if it does not exist.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        added = self._backend.get_added_tokens_decoder()
+        config = {
+            **self._names,
+            "added_tokens_decoder": {
+                str(token_id): {"content": token.content} | {flag: getattr(token, flag) for flag in ADDED_TOKEN_FLAGS}
+                for token_id, token in sorted(added.items())
+            },
+            "clean_up_tokenization_spaces": False,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }
+        (directory / TOKENIZER_NAME).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
+    """Refuse what is not a conversation.
+
+    Raises:
+        ValueError: if there is no message, or one has an unknown role or no text.
+    """
+    if not messages:
+        raise ValueError("messages is empty: a chat has at least one message")
+    for index, message in enumerate(messages):
+        if message.get("role") not in ROLES:
+            raise ValueError(f"message {index} has role {message.get('role')!r}; allowed are {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"message {index} has no text under 'content'")

@@ -1,0 +1,53 @@
+"""Dream from its numbers: biased query, key and value; token i scored from hidden state i - 1."""
+
+from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM, TransformerSizes
+
+
+def dream(
+    *,
+    vocab_size: int,
+    embed_dim: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    mlp_dim: int,
+    max_seq_len: int = 2048,
+    rope_base: float = 1_000_000.0,
+    norm_eps: float = 1e-6,
+    tie_embeddings: bool = False,
+) -> MaskedDiffusionLM:
+    """Build a Dream model of any size.
+
+    Args:
+        vocab_size: rows of the embedding.
+        embed_dim: hidden size.
+        num_layers: transformer layers.
+        num_heads: query heads.
+        num_kv_heads: key/value heads.
+        mlp_dim: width of the feed-forward layer.
+        max_seq_len: longest sequence in tokens.
+        rope_base: base of the rotary frequencies.
+        norm_eps: epsilon of the RMSNorms.
+        tie_embeddings: the head reuses the embedding.
+
+    Returns:
+        The model, with PyTorch's default initialization.
+
+    Raises:
+        ValueError: if the sizes do not fit each other.
+
+    Source: Dream 7B, arXiv 2508.15487.
+    """
+    sizes = TransformerSizes(
+        vocab_size=vocab_size,
+        embed_dim=embed_dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        mlp_dim=mlp_dim,
+        max_seq_len=max_seq_len,
+        rope_base=rope_base,
+        norm_eps=norm_eps,
+        tie_embeddings=tie_embeddings,
+    )
+    return MaskedDiffusionLM(sizes, family="Dream", shift_logits=True, attn_bias=True)

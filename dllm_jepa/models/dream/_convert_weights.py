@@ -1,0 +1,99 @@
+"""Dream's published names: of its weights (Qwen2's), and of the keys of its config.json."""
+
+from typing import Any
+
+from dllm_jepa.errors import CheckpointError
+from dllm_jepa.models._masked_diffusion_lm import TransformerSizes
+
+# The context the authors document; max_position_embeddings promises more than the model was trained on.
+_DOCUMENTED_CONTEXT = 2048
+
+_LAYER_NAMES = {
+    "attn.q_proj.weight": "self_attn.q_proj.weight",
+    "attn.q_proj.bias": "self_attn.q_proj.bias",
+    "attn.k_proj.weight": "self_attn.k_proj.weight",
+    "attn.k_proj.bias": "self_attn.k_proj.bias",
+    "attn.v_proj.weight": "self_attn.v_proj.weight",
+    "attn.v_proj.bias": "self_attn.v_proj.bias",
+    "attn.output_proj.weight": "self_attn.o_proj.weight",
+    "mlp.w1.weight": "mlp.gate_proj.weight",
+    "mlp.w3.weight": "mlp.up_proj.weight",
+    "mlp.w2.weight": "mlp.down_proj.weight",
+    "sa_norm.scale": "input_layernorm.weight",
+    "mlp_norm.scale": "post_attention_layernorm.weight",
+}
+
+# Keys of config.json whose other values mean another architecture.
+_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "rope_scaling": (None,),
+    "use_sliding_window": (False, None),
+    "use_mrope": (False, None),
+}
+
+
+def dream_hf_names(sizes: TransformerSizes) -> dict[str, str]:
+    """Published weight name of every parameter, by our name. No weight is permuted or merged."""
+    names = {"backbone.tok_embeddings.weight": "model.embed_tokens.weight"}
+    for layer in range(sizes.num_layers):
+        for ours, theirs in _LAYER_NAMES.items():
+            names[f"backbone.layers.{layer}.{ours}"] = f"model.layers.{layer}.{theirs}"
+    names["backbone.norm.scale"] = "model.norm.weight"
+    if not sizes.tie_embeddings:
+        names["head.weight"] = "lm_head.weight"
+    return names
+
+
+def dream_sizes(config: dict[str, Any]) -> TransformerSizes:
+    """Sizes from a published config.json.
+
+    Raises:
+        KeyError: if a key is missing.
+        CheckpointError: if a key asks for an architecture that is not Dream's.
+    """
+    for key, allowed in _REQUIRED.items():
+        if key in config and config[key] not in allowed:
+            raise CheckpointError(f"config.json: {key} is {config[key]!r}; Dream backbones have {allowed[0]!r}")
+    return TransformerSizes(
+        vocab_size=config["vocab_size"],
+        embed_dim=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config["num_key_value_heads"],
+        mlp_dim=config["intermediate_size"],
+        max_seq_len=min(config["max_position_embeddings"], _DOCUMENTED_CONTEXT),
+        rope_base=config["rope_theta"],
+        norm_eps=config["rms_norm_eps"],
+        tie_embeddings=config.get("tie_word_embeddings", False),
+    )
+
+
+def dream_config(sizes: TransformerSizes) -> dict[str, Any]:
+    """The published config.json keys for a model of these sizes."""
+    return {
+        "architectures": ["DreamModel"],
+        "attention_dropout": 0.0,
+        "auto_map": {
+            "AutoConfig": "configuration_dream.DreamConfig",
+            "AutoModel": "modeling_dream.DreamModel",
+        },
+        "hidden_act": "silu",
+        "hidden_size": sizes.embed_dim,
+        "initializer_range": 0.02,
+        "intermediate_size": sizes.mlp_dim,
+        "max_position_embeddings": sizes.max_seq_len,
+        "max_window_layers": sizes.num_layers,
+        "model_type": "Dream",
+        "num_attention_heads": sizes.num_heads,
+        "num_hidden_layers": sizes.num_layers,
+        "num_key_value_heads": sizes.num_kv_heads,
+        "rms_norm_eps": sizes.norm_eps,
+        "rope_scaling": None,
+        "rope_theta": sizes.rope_base,
+        "sliding_window": None,
+        "tie_word_embeddings": sizes.tie_embeddings,
+        "use_cache": False,
+        "use_mrope": False,
+        "use_sliding_window": False,
+        "vocab_size": sizes.vocab_size,
+    }

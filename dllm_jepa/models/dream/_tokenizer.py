@@ -1,0 +1,109 @@
+"""The tokenizer of Dream: Qwen2's byte-level vocabulary and ChatML."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+
+from dllm_jepa.errors import CheckpointError
+from dllm_jepa.models._tokenizer import Tokenizer, check_messages
+from dllm_jepa.models._tokenizer_files import (
+    SpecialTokens,
+    check_bpe,
+    read_backend,
+    read_json_object,
+    read_special_tokens,
+)
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+_NAMES = SpecialTokens(mask="<|mask|>", eos="<|endoftext|>", bos="<|beginoftext|>")
+# Where a text is cut before merging: contractions, words with the character before them, single digits, signs, line
+# ends, spaces. Source: tokenization_dream.py of Dream-org/Dream-v0-Instruct-7B, the same as Qwen2's.
+_CUTS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class DreamTokenizer(Tokenizer):
+    """Dream tokenizer; see `Tokenizer` for the arguments."""
+
+    chat_tokens: ClassVar[tuple[str, ...]] = ("<|im_start|>", "<|im_end|>")
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        r"""Encode a conversation as Dream Instruct was trained on; see `Tokenizer.encode_chat`.
+
+        For each message `<|im_start|>{role}\n{content}<|im_end|>\n`, without a bos token. As in the published
+        template, a conversation that does not start with a system message gets "You are a helpful assistant." as one.
+        Content that starts with a line break is cut from the one after the role, where the template lets them merge.
+
+        Args:
+            messages: at least one {"role": "system" | "user" | "assistant", "content": text}.
+            add_generation_prompt: whether to append the header of an assistant message.
+
+        Returns:
+            Token ids, and `response` of the same length; the line break after `<|im_end|>` is not part of the response.
+
+        Raises:
+            ValueError: if there is no message, or one has an unknown role or no text.
+            CheckpointError: if the tokenizer lacks the chat tokens.
+
+        Source: chat_template in tokenizer_config.json of Dream-org/Dream-v0-Instruct-7B, without its tool calls.
+        """
+        check_messages(messages)
+        start, end = self._chat_ids()
+        line_break = self.encode("\n")
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
+        return self._encode_turns(
+            messages,
+            before=[],
+            header=lambda role: [start, *self.encode(role), *line_break],
+            end_of_turn=[end, *line_break],
+            add_generation_prompt=add_generation_prompt,
+        )
+
+
+def dream_tokenizer(path: str | Path) -> DreamTokenizer:
+    """Build the tokenizer of a Dream checkpoint (Base, Instruct, Dream-Coder or DiffuCoder).
+
+    Args:
+        path: directory with vocab.json and merges.txt, as published, or with tokenizer.json, which is preferred; and
+            tokenizer_config.json.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        CheckpointError: if a file is missing or broken, or there is no mask token.
+    """
+    backend = read_backend(path, from_vocabulary=_qwen2_backend)
+    names = read_special_tokens(Path(path), backend, _NAMES)
+    return DreamTokenizer(backend, mask_token=names.mask, eos_token=names.eos, pad_token=names.pad, bos_token=names.bos)
+
+
+def _qwen2_backend(directory: Path) -> tokenizers.Tokenizer:
+    """Build the byte-level BPE of Qwen2 from vocab.json and merges.txt."""
+    vocab = read_json_object(directory / "vocab.json")
+    file = directory / "merges.txt"
+    try:
+        # Not splitlines(), which would also cut at characters that may stand for a byte.
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: byte {error.start} is not UTF-8") from error
+    first = 1 if lines[0].startswith("#version") else 0
+    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines[first:] if line)]
+    check_bpe(vocab, merges, file)
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_CUTS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend

@@ -1,0 +1,53 @@
+"""LLaDA from its numbers: no biases, token i scored from hidden state i."""
+
+from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM, TransformerSizes
+
+
+def llada(
+    *,
+    vocab_size: int,
+    embed_dim: int,
+    num_layers: int,
+    num_heads: int,
+    mlp_dim: int,
+    num_kv_heads: int | None = None,
+    max_seq_len: int = 4096,
+    rope_base: float = 500_000.0,
+    norm_eps: float = 1e-5,
+    tie_embeddings: bool = False,
+) -> MaskedDiffusionLM:
+    """Build a LLaDA model of any size.
+
+    Args:
+        vocab_size: rows of the embedding.
+        embed_dim: hidden size.
+        num_layers: transformer layers.
+        num_heads: query heads.
+        mlp_dim: width of the feed-forward layer.
+        num_kv_heads: key/value heads; None means `num_heads`.
+        max_seq_len: longest sequence in tokens.
+        rope_base: base of the rotary frequencies.
+        norm_eps: epsilon of the RMSNorms.
+        tie_embeddings: the head reuses the embedding.
+
+    Returns:
+        The model, with PyTorch's default initialization.
+
+    Raises:
+        ValueError: if the sizes do not fit each other.
+
+    Source: LLaDA, arXiv 2502.09992.
+    """
+    sizes = TransformerSizes(
+        vocab_size=vocab_size,
+        embed_dim=embed_dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
+        mlp_dim=mlp_dim,
+        max_seq_len=max_seq_len,
+        rope_base=rope_base,
+        norm_eps=norm_eps,
+        tie_embeddings=tie_embeddings,
+    )
+    return MaskedDiffusionLM(sizes, family="llada", shift_logits=False, attn_bias=False)

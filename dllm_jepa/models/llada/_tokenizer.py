@@ -1,0 +1,71 @@
+"""The tokenizer of LLaDA: Llama-3 style chats."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from dllm_jepa.errors import CheckpointError
+from dllm_jepa.models._tokenizer import Tokenizer, check_messages
+from dllm_jepa.models._tokenizer_files import SpecialTokens, read_backend, read_special_tokens
+
+_NAMES = SpecialTokens(mask="<|mdm_mask|>", eos="<|endoftext|>", bos="<|startoftext|>")
+
+
+class LLaDATokenizer(Tokenizer):
+    """LLaDA tokenizer; see `Tokenizer` for the arguments."""
+
+    chat_tokens: ClassVar[tuple[str, ...]] = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        r"""Encode a conversation as LLaDA Instruct was trained on; see `Tokenizer.encode_chat`.
+
+        `<|startoftext|>` once, then for each message
+        `<|start_header_id|>{role}<|end_header_id|>\n\n{content, stripped}<|eot_id|>`. There is no default system
+        message. The published template appends the header of an assistant message even after an answer; here it is
+        appended only with `add_generation_prompt`.
+
+        Args:
+            messages: at least one {"role": "system" | "user" | "assistant", "content": text}.
+            add_generation_prompt: whether to append the header of an assistant message.
+
+        Returns:
+            Token ids, and `response` of the same length.
+
+        Raises:
+            ValueError: if there is no message, or one has an unknown role or no text.
+            CheckpointError: if this is the tokenizer of a base model, which lacks the chat tokens.
+
+        Source: chat_template in tokenizer_config.json of GSAI-ML/LLaDA-8B-Instruct.
+        """
+        check_messages(messages)
+        start_header, end_header, end_of_turn = self._chat_ids()
+        if self.bos_id is None:
+            raise CheckpointError(
+                "a LLaDA chat starts with the bos token, but tokenizer_config.json names no bos_token"
+            )
+        return self._encode_turns(
+            [{"role": message["role"], "content": message["content"].strip()} for message in messages],
+            before=[self.bos_id],
+            header=lambda role: [start_header, *self.encode(role), end_header, *self.encode("\n\n")],
+            end_of_turn=[end_of_turn],
+            add_generation_prompt=add_generation_prompt,
+        )
+
+
+def llada_tokenizer(path: str | Path) -> LLaDATokenizer:
+    """Build the tokenizer of a LLaDA checkpoint (Base, Instruct or 1.5).
+
+    Args:
+        path: directory with tokenizer.json and, as published, tokenizer_config.json.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        CheckpointError: if a file is missing or broken, or there is no mask token.
+    """
+    backend = read_backend(path)
+    names = read_special_tokens(Path(path), backend, _NAMES)
+    return LLaDATokenizer(backend, mask_token=names.mask, eos_token=names.eos, pad_token=names.pad, bos_token=names.bos)

@@ -1,0 +1,383 @@
+"""Full fine-tuning of a masked diffusion language model with the DLLM-JEPA objective.
+
+One process, or any number of them with FSDP2:
+
+    tune run dllm_jepa_full --config tiny
+    tune run --nproc_per_node 8 dllm_jepa_full --config llada_8b checkpoint_dir=LLaDA-8B-Base output_dir=runs/gsm8k
+
+To change it: `dllm-jepa cp dllm_jepa_full my_recipe.py`, edit `train`, `tune run my_recipe.py --config ...`.
+
+Shape legend: S sequences of a micro-batch, G of the global batch, n masked tokens, D hidden.
+"""
+
+import math
+from contextlib import AbstractContextManager
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torchtune.config import instantiate
+from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.training import compile_model, set_activation_checkpointing
+
+from dllm_jepa import config, training
+from dllm_jepa.data import BatchPlan, MicroBatch, TrainingBatches
+from dllm_jepa.errors import ConfigError, TrainingError
+from dllm_jepa.jepa import (
+    CollapseMonitor,
+    EMATargetEncoder,
+    GlobalCounts,
+    L2Anchor,
+    StepSums,
+    is_jepa_step,
+    jepa_loss,
+    masked_token_loss,
+    masked_token_weights,
+    pool,
+    shuffled_partners,
+)
+from dllm_jepa.models import HFCheckpoint, InitialWeights, MaskedDiffusionLM, init_rope, save_hf
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class DLLMJEPAFullRecipe:
+    """Trains all weights of the online backbone, and a predictor, against an EMA target encoder.
+
+    Args:
+        cfg: checked config; docs/configs.md lists its keys.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+        self.run = training.RunDirectory(cfg.output_dir, cfg.resume)
+        self.ranks = training.Ranks.join(cfg.device, replicate=cfg.data_parallel_replicate_dim)
+        self.compute_dtype = DTYPES[cfg.compute_dtype]
+
+    def setup(self) -> None:
+        """Build every part in order of use; what the user may have got wrong comes before what costs memory."""
+        cfg = self.cfg
+        self.tokenizer = instantiate(cfg.tokenizer)
+        with torch.device("meta"):
+            self.model: MaskedDiffusionLM = instantiate(cfg.model)
+        self.origin = None if cfg.checkpoint_dir is None else HFCheckpoint(cfg.checkpoint_dir)
+        self.check_sizes()
+        self.batches, steps_per_epoch = self.setup_batches()
+        self.num_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
+        if self.num_steps < self.run.start_step:
+            raise ConfigError(f"{self.run.resume_from} is past the last of {self.num_steps} steps: raise max_steps")
+        if self.ranks.is_rank_zero:
+            self.run.open(OmegaConf.to_yaml(cfg, resolve=True))
+
+        self.setup_model()
+        self.trained = nn.ModuleDict({"model": self.model})
+        self.target_encoder = None
+        if cfg.jepa_weight > 0:
+            self.target_encoder = self.setup_target_encoder()
+            self.trained["predictor"] = self.setup_predictor()
+        self.anchor = L2Anchor(self.model, weight=cfg.l2_anchor_weight) if cfg.l2_anchor_weight > 0 else None
+        self.monitor = CollapseMonitor(
+            monitor_every=cfg.monitor_every,
+            global_batch_size=cfg.global_batch_size,
+            embed_dim=self.model.sizes.embed_dim,
+            device=self.ranks.device,
+        )
+        self.optimizer = instantiate(cfg.optimizer, self.trained.parameters())
+        self.lr_scheduler = self.setup_lr_scheduler()
+        if self.run.resume_from is not None:
+            self.load()
+        self.log = self.setup_log()
+
+    def check_sizes(self) -> None:
+        """Hold model, tokenizer, checkpoint and config against each other, on shapes alone."""
+        if self.origin is not None:
+            self.origin.check(self.model)
+        sizes, cfg = self.model.sizes, self.cfg
+        if self.tokenizer.vocab_size > sizes.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has ids up to {self.tokenizer.vocab_size - 1}, the model a vocab_size of only "
+                f"{sizes.vocab_size}: set model.vocab_size to at least {self.tokenizer.vocab_size}"
+            )
+        if cfg.max_seq_len > sizes.max_seq_len:
+            raise ConfigError(f"max_seq_len={cfg.max_seq_len} is over the model's context of {sizes.max_seq_len} tokens")
+
+    def setup_batches(self) -> tuple[TrainingBatches, int]:
+        """Tokenize the dataset and plan its batches; returns them and the steps of an epoch."""
+        cfg = self.cfg
+        dataset = instantiate(
+            cfg.dataset,
+            self.tokenizer,
+            max_seq_len=cfg.max_seq_len,
+            shift_logits=self.model.shift_logits,
+            progress=self.ranks.is_rank_zero,
+        )
+        plan = BatchPlan(
+            dataset.lengths,
+            global_batch_size=cfg.global_batch_size,
+            tokens_per_device=cfg.tokens_per_device,
+            num_ranks=self.ranks.world_size,
+            seed=cfg.seed,
+            packed=cfg.packed,
+        )
+        batches = TrainingBatches(
+            dataset,
+            plan,
+            instantiate(cfg.view_sampler),
+            rank=self.ranks.rank,
+            seed=cfg.seed,
+            mask_id=self.tokenizer.mask_id,
+            pad_id=self.tokenizer.pad_id,
+            packed=cfg.packed,
+        )
+        return batches, plan.steps_per_epoch
+
+    def setup_model(self) -> None:
+        """Wrap, shard and fill the online model."""
+        cfg = self.cfg
+        if cfg.compile:
+            compile_model(self.model.backbone, verbose=False)
+        if cfg.enable_activation_checkpointing:
+            set_activation_checkpointing(self.model, auto_wrap_policy={TransformerSelfAttentionLayer})
+        units = [*self.model.backbone.layers, *([] if self.model.head is None else [self.model.head])]
+        training.shard(self.model, units, self.ranks, self.compute_dtype)
+        initial = InitialWeights(self.model, seed=cfg.seed, num_layers=self.model.sizes.num_layers)
+        source = initial if self.origin is None else self.origin
+        training.materialize(self.model, source.read, dtype=DTYPES[cfg.dtype], device=self.ranks.device)
+        init_rope(self.model)
+
+    def setup_target_encoder(self) -> EMATargetEncoder:
+        """A copy of the online backbone, in fp32, sharded like it."""
+        with torch.device("meta"):
+            backbone = instantiate(self.cfg.model).backbone
+        if self.cfg.compile:
+            compile_model(backbone, verbose=False)
+        training.shard(backbone, [*backbone.layers], self.ranks, self.compute_dtype)
+        training.materialize(backbone, None, dtype=torch.float32, device=self.ranks.device)
+        init_rope(backbone)
+        target_encoder: EMATargetEncoder = instantiate(self.cfg.target_encoder, backbone)
+        target_encoder.copy_from(self.model.backbone)
+        return target_encoder
+
+    def setup_predictor(self) -> nn.Module:
+        """The predictor, with random weights."""
+        sizes = self.model.sizes
+        with torch.device("meta"):
+            predictor: nn.Module = instantiate(self.cfg.predictor, sizes.embed_dim, sizes.mlp_dim)
+        initial = InitialWeights(predictor, seed=self.cfg.seed, num_layers=len(list(predictor.children())))
+        training.shard(predictor, [], self.ranks, self.compute_dtype)
+        training.materialize(predictor, initial.read, dtype=DTYPES[self.cfg.dtype], device=self.ranks.device)
+        return predictor
+
+    def setup_lr_scheduler(self) -> torch.optim.lr_scheduler.LRScheduler | None:
+        """The schedule, over all planned steps unless the config says otherwise."""
+        if self.cfg.lr_scheduler is None:
+            return None
+        num_training_steps = self.cfg.lr_scheduler.get("num_training_steps") or self.num_steps
+        return instantiate(self.cfg.lr_scheduler, self.optimizer, num_training_steps=num_training_steps)
+
+    def setup_log(self) -> training.RunLog:
+        """metrics.jsonl, the bar, and the metric logger."""
+        logger = None
+        if self.ranks.is_rank_zero and self.cfg.metric_logger is not None:
+            logger = instantiate(self.cfg.metric_logger)
+            logger.log_config(self.cfg)
+        return training.RunLog(
+            self.run, logger, self.ranks, num_steps=self.num_steps, log_every_n_steps=self.cfg.log_every_n_steps
+        )
+
+    def train(self) -> None:
+        """The loop."""
+        cfg = self.cfg
+        for step in self.log.steps():
+            # 1. Views: two maskings of the same sequences, for every micro-batch of this step
+            micro_batches = [batch.to(self.ranks.device) for batch in self.batches.step(step)]
+            counts = self.global_counts(micro_batches)
+
+            # 2. Target embeddings, one [S, D] a micro-batch: EMA weights, no gradient, no head
+            targets = self.embed_targets(micro_batches, step)
+
+            sums, pooled_rows = StepSums(self.ranks.device), []
+            for index, batch in enumerate(micro_batches):
+                # 3. The one forward that carries gradient
+                with self.autocast():
+                    hidden, logits = self.model(
+                        batch.context,
+                        attention_mask=batch.attention_mask,
+                        input_pos=batch.input_pos,
+                        logits_at=batch.masked_positions,
+                    )
+                # 4. Losses: local sums over global counts
+                token_loss = masked_token_loss(logits, batch.labels)  # [n]
+                weights = masked_token_weights(cfg.loss_weight, counts, **batch.loss_counts())  # [n]
+                loss = diffusion_loss = (weights * token_loss).sum()
+                alignment_loss = torch.zeros_like(diffusion_loss)
+                if targets is not None or self.monitor.collects(step):
+                    pooled = pool(hidden, batch.context_ids, batch.num_sequences, layer_norm=cfg.pooled_layer_norm)
+                    pooled_rows.append(pooled.detach())
+                if targets is not None:
+                    with self.autocast():
+                        pred = self.trained["predictor"](pooled)
+                    alignment_loss = jepa_loss(targets[index], pred, counts)
+                    loss = diffusion_loss + cfg.jepa_weight * alignment_loss
+                # 5. Backward
+                loss.backward()
+                sums.add(diffusion_loss, alignment_loss, token_loss, **batch.loss_counts())
+
+            # 6. Optimizer and schedule, once per step
+            losses, grad_norm = self.finish_gradients(step, sums)
+            learning_rate = self.update_weights()
+            # 7. EMA, after the optimizer
+            if self.target_encoder is not None:
+                self.target_encoder.update(self.model.backbone)
+            # 8. Log, monitor, checkpoint
+            health = self.check_health(step, losses, pooled_rows, micro_batches)
+            row = {"epoch": self.batches.epoch(step), **losses, "grad_norm": grad_norm, "lr": learning_rate}
+            self.log.write(step, row | counts.metrics() | {"micro_batches": len(micro_batches)} | health)
+            if cfg.checkpoint.every_n_steps and (step + 1) % cfg.checkpoint.every_n_steps == 0:
+                self.save(step + 1)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """bf16 matrix products in one process; sharded weights are already gathered in the compute type."""
+        wanted = self.compute_dtype == torch.bfloat16 and self.ranks.mesh is None
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=wanted)
+
+    def global_counts(self, micro_batches: list[MicroBatch]) -> GlobalCounts:
+        """Count over all ranks and micro-batches: one all-reduce, before any forward."""
+        own = [(batch.num_sequences, len(batch.labels), batch.num_tokens, batch.context.numel()) for batch in micro_batches]
+        return GlobalCounts(*self.ranks.sum(torch.tensor(own, device=self.ranks.device).sum(0)).tolist())
+
+    def embed_targets(self, micro_batches: list[MicroBatch], step: int) -> list[Tensor] | None:
+        """Target embeddings of every micro-batch; None on a step without the target branch."""
+        cfg = self.cfg
+        if self.target_encoder is None or not is_jepa_step(step, jepa_every=cfg.jepa_every, jepa_ratio=cfg.jepa_ratio):
+            return None
+        with self.autocast():
+            targets = [
+                self.target_encoder.embed(
+                    batch.target,
+                    batch.target_ids,
+                    batch.num_sequences,
+                    layer_norm=cfg.pooled_layer_norm,
+                    mask=batch.attention_mask,
+                    input_pos=batch.input_pos,
+                )
+                for batch in micro_batches
+            ]
+        if not cfg.shuffle_targets:
+            return targets
+        partners = shuffled_partners(cfg.global_batch_size, seed=cfg.seed, step=step).to(self.ranks.device)
+        shuffled = self.gather(targets, micro_batches)[partners]  # [G, D]
+        return [shuffled[batch.batch_positions] for batch in micro_batches]
+
+    def gather(self, rows: list[Tensor], micro_batches: list[MicroBatch]) -> Tensor:
+        """Rows [S, D] of this rank's micro-batches as [G, D], in batch order, on every rank."""
+        positions = torch.cat([batch.batch_positions for batch in micro_batches])
+        return self.ranks.gather_rows(torch.cat(rows), positions, self.cfg.global_batch_size)
+
+    def finish_gradients(self, step: int, sums: StepSums) -> tuple[dict[str, float], float]:
+        """Anchor and clip; returns the global losses and the gradient norm before clipping.
+
+        Raises:
+            TrainingError: if one of them is not finite; the weights are still those of the last step.
+        """
+        penalty = 0.0 if self.anchor is None else float(training.full_tensor(self.anchor.add_gradient()))
+        limit = math.inf if self.cfg.clip_grad_norm is None else self.cfg.clip_grad_norm
+        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), limit)
+        grad_norm = float(training.full_tensor(norm))
+        losses = sums.read(self.ranks.sum(sums.values), jepa_weight=self.cfg.jepa_weight, penalty=penalty)
+        if not (math.isfinite(losses["loss"]) and math.isfinite(grad_norm)):
+            saved = training.list_checkpoints(self.run.checkpoints)
+            raise TrainingError(
+                f"step {step + 1}: loss {losses['loss']}, gradient norm {grad_norm}; stopped before the update. Dataset "
+                f"indices of its batch: {self.batches.samples(step)}. Last good checkpoint: "
+                f"{saved[-1] if saved else 'none'}. Look at these rows, or try a lower rate"
+            )
+        return losses, grad_norm
+
+    def update_weights(self) -> float:
+        """Step optimizer and schedule; returns the learning rate that was used."""
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        return learning_rate
+
+    def check_health(
+        self, step: int, losses: dict[str, float], pooled_rows: list[Tensor], micro_batches: list[MicroBatch]
+    ) -> dict[str, float]:
+        """Feed the collapse monitor; its measures on monitored steps."""
+        if self.monitor.collects(step):
+            self.monitor.add(self.gather(pooled_rows, micro_batches))
+        if not self.monitor.measures(step):
+            return {}
+        health, warning = self.monitor.measure()
+        if warning is not None:
+            self.log.say(f"warning: step {step + 1}: {warning}")
+        return health if self.target_encoder is None else health | {"target_cosine": 1 - losses["jepa_loss"]}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the training state, live."""
+        parts = {
+            "trained": self.trained.state_dict(),
+            "target": {} if self.target_encoder is None else self.target_encoder.backbone.state_dict(),
+            "optimizer": training.optimizer_tensors(self.optimizer, self.trained),
+            "monitor": self.monitor.tensors(),
+            "anchor": {} if self.anchor is None else self.anchor.tensors(),
+        }
+        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+    def save(self, step: int) -> None:
+        """Write the training state after `step` optimizer steps."""
+        scalars = {
+            "monitor": self.monitor.state_dict(),
+            "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+        }
+        config_yaml = OmegaConf.to_yaml(self.cfg, resolve=True)
+        training.save_training_state(self.run.checkpoints, step, self.state_tensors(), scalars, config_yaml, self.ranks)
+        if self.ranks.is_rank_zero:
+            training.remove_old_checkpoints(self.run.checkpoints, self.cfg.checkpoint.keep_last)
+
+    def load(self) -> None:
+        """Go on from a training state: the next steps are those of a run that was never interrupted."""
+        scalars = training.load_training_state(self.run.resume_from, self.state_tensors(), self.ranks)
+        self.monitor.load_state_dict(scalars["monitor"])
+        if self.lr_scheduler is not None:
+            training.load_lr_scheduler(self.lr_scheduler, self.optimizer, scalars["lr_scheduler"])
+
+    def export(self) -> None:
+        """Write the online model as a Hugging Face directory."""
+        weights = training.full_tensors(self.model)
+        if self.ranks.is_rank_zero:
+            save_hf(
+                self.model,
+                self.run.export,
+                like=self.cfg.checkpoint_dir,
+                dtype=self.compute_dtype,
+                weights=weights,
+                tokenizer=self.tokenizer,
+            )
+            self.log.say(f"wrote {self.run.export}")
+        else:
+            for _ in weights:
+                pass
+
+    def cleanup(self) -> None:
+        """Close the log and leave the process group."""
+        self.log.close()
+        self.ranks.leave()
+
+
+@config.parse
+def recipe_main(cfg: DictConfig) -> None:
+    """Train, export, leave."""
+    recipe = DLLMJEPAFullRecipe(cfg)
+    recipe.setup()
+    recipe.train()
+    if cfg.export:
+        recipe.export()
+    recipe.cleanup()
+
+
+if __name__ == "__main__":
+    recipe_main()

@@ -1,0 +1,158 @@
+"""Reading and writing the published layout: bit-exact round trips, and every way a directory can be wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dllm_jepa.errors import CheckpointError
+from dllm_jepa.models import HFCheckpoint, load_hf, save_hf
+from dllm_jepa.models.llada import llada
+
+ASSETS = Path(__file__).parents[1] / "assets"
+INDEX = "model.safetensors.index.json"
+
+
+def tensors_of(directory: Path) -> dict[str, Tensor]:
+    found = {}
+    for file in directory.glob("model-*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(ASSETS / "llada_tiny", tmp_path / "llada_tiny"))
+
+
+def rewrite(directory: Path, change) -> None:
+    """Apply `change` to all tensors, and write them as one file."""
+    tensors = tensors_of(directory)
+    change(tensors)
+    for file in directory.glob("model*"):
+        file.unlink()
+    save_file(tensors, directory / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("copied", [True, False], ids=["like", "own config"])
+def test_round_trip_is_bit_exact(family: str, copied: bool, tmp_path: Path) -> None:
+    source = ASSETS / f"{family}_tiny"
+    model = load_hf(source)
+    save_hf(model, tmp_path / "out", like=source if copied else None, shard_bytes=200_000)
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in before.values())
+    files = set(index["weight_map"].values())
+    assert len(files) > 2
+    assert all(sum(t.nbytes for t in load_file(tmp_path / "out" / file).values()) <= 200_000 for file in files)
+    assert load_hf(tmp_path / "out").sizes == model.sizes
+    if copied:
+        assert (tmp_path / "out/config.json").read_bytes() == (source / "config.json").read_bytes()
+    else:
+        ours, theirs = (json.loads((d / "config.json").read_text()) for d in (tmp_path / "out", source))
+        assert {key for key in ours if key in theirs and ours[key] != theirs[key]} <= {"max_position_embeddings"}
+
+
+def test_files_of_the_origin_are_copied_unchanged(checkpoint: Path, tmp_path: Path) -> None:
+    kept = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "merges.txt", "modeling_llada.py"}
+    for name in (*kept, "README.md", "notes.txt"):
+        (checkpoint / name).write_text(f"contents of {name}")
+    save_hf(load_hf(checkpoint), tmp_path / "out", like=checkpoint)
+    copied = {file.name: file.read_text() for file in (tmp_path / "out").iterdir() if file.suffix != ".safetensors"}
+    assert copied.keys() - {INDEX, "config.json"} == kept
+    assert all(copied[name] == f"contents of {name}" for name in kept)
+
+
+def test_dtype_of_load_and_save(checkpoint: Path, tmp_path: Path) -> None:
+    model = load_hf(checkpoint, torch.bfloat16)
+    assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
+    assert model.backbone.layers[0].attn.pos_embeddings.cache.dtype == torch.float32
+    save_hf(load_hf(checkpoint), tmp_path / "out", like=checkpoint, dtype=torch.bfloat16)
+    stored = tensors_of(tmp_path / "out")
+    for name, param in tensors_of(checkpoint).items():
+        assert torch.equal(stored[name], param.bfloat16())
+
+
+def test_rows_are_read_alone(checkpoint: Path) -> None:
+    reader = HFCheckpoint(checkpoint)
+    whole = reader.read("backbone.tok_embeddings.weight")
+    assert torch.equal(reader.read("backbone.tok_embeddings.weight", slice(10, 20)), whole[10:20])
+
+
+def test_nothing_is_overwritten(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="already exists; nothing is overwritten"):
+        save_hf(load_hf(checkpoint), checkpoint)
+
+
+def test_like_must_be_of_the_same_architecture(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="model_type 'Dream', the configured model is of family 'llada'"):
+        save_hf(load_hf(checkpoint), tmp_path / "out", like=ASSETS / "dream_tiny")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_wrong_tensor_is_listed(checkpoint: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors["model.transformer.ln_f.weight"]
+        tensors["model.transformer.blocks.1.q_proj.bias"] = torch.zeros(64)
+        tensors["model.transformer.wte.weight"] = torch.zeros(321, 64)
+
+    rewrite(checkpoint, change)
+    with pytest.raises(CheckpointError) as error:
+        load_hf(checkpoint)
+    for line in (
+        "missing tensor model.transformer.ln_f.weight [64]",
+        "unexpected tensor model.transformer.blocks.1.q_proj.bias",
+        "tensor model.transformer.wte.weight has shape [321, 64], the model needs [320, 64]",
+    ):
+        assert line in str(error.value)
+
+
+def test_architecture_must_match_the_configured_model(checkpoint: Path) -> None:
+    sizes = {"vocab_size": 320, "embed_dim": 64, "num_layers": 4, "num_heads": 4, "mlp_dim": 128}
+    HFCheckpoint(checkpoint).check(llada(**sizes))
+    with pytest.raises(CheckpointError, match="rope_base is 500000.0 in config.json, 10000.0 in the configured model"):
+        HFCheckpoint(checkpoint).check(llada(**sizes, rope_base=10_000.0))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: shutil.rmtree(d), "llada_tiny does not exist"),
+        (lambda d: (d / "config.json").unlink(), "has no config.json"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json is not valid JSON"),
+        (lambda d: edit(d, model_type="llama"), "model_type is 'llama'; known: Dream, llada"),
+        (lambda d: edit(d, n_layers=None), "config.json has no key 'n_layers', which llada needs"),
+        (lambda d: edit(d, block_type="sequential"), "block_type is 'sequential'; LLaDA backbones have 'llama'"),
+        (lambda d: edit(d, n_heads=7), r"embed_dim \(64\) must be an even multiple of num_heads \(7\)"),
+        (lambda d: (d / "model-00002-of-00002.safetensors").unlink(), "model-00002-of-00002.safetensors is missing"),
+        (lambda d: truncate(d / "model-00001-of-00002.safetensors"), "00001-of-00002.safetensors is damaged or trunc"),
+        (lambda d: [file.unlink() for file in d.glob("model*")], "only safetensors are read"),
+        (lambda d: point_outside(d), "names files outside its directory"),
+    ],
+)
+def test_unusable_directories(checkpoint: Path, spoil, message: str) -> None:
+    spoil(checkpoint)
+    with pytest.raises(CheckpointError, match=message):
+        load_hf(checkpoint)
+
+
+def edit(directory: Path, **changes) -> None:
+    config = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def point_outside(directory: Path) -> None:
+    index = json.loads((directory / INDEX).read_text())
+    index["weight_map"]["model.transformer.wte.weight"] = "../elsewhere.safetensors"
+    (directory / INDEX).write_text(json.dumps(index))

@@ -1,0 +1,252 @@
+"""Special tokens by name, both layouts of the files, and every way in which they can be broken."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dllm_jepa.errors import CheckpointError
+from dllm_jepa.models._tokenizer import Tokenizer
+from dllm_jepa.models.dream._tokenizer import DreamTokenizer, dream_tokenizer
+from dllm_jepa.models.llada._tokenizer import LLaDATokenizer, llada_tokenizer
+from tests.models.tokenizer_layouts import (
+    CORPUS,
+    DREAM_ADDED,
+    LLADA_ADDED,
+    edit_json,
+    library_reading,
+    trained_backend,
+    write_dream,
+    write_json,
+    write_llada,
+)
+
+
+@pytest.fixture(scope="module")
+def llada(tmp_path_factory: pytest.TempPathFactory) -> LLaDATokenizer:
+    return llada_tokenizer(str(write_llada(tmp_path_factory.mktemp("llada"))))
+
+
+@pytest.fixture(scope="module")
+def dream(tmp_path_factory: pytest.TempPathFactory) -> DreamTokenizer:
+    return dream_tokenizer(str(write_dream(tmp_path_factory.mktemp("dream"))))
+
+
+# --- special tokens, found by name ---
+
+
+@pytest.mark.parametrize("names", [LLADA_ADDED, LLADA_ADDED[::-1]])
+def test_llada_ids_follow_the_names(tmp_path: Path, names: list[str]) -> None:
+    tokenizer = llada_tokenizer(str(write_llada(tmp_path, names)))
+    first = trained_backend().get_vocab_size()
+    assert tokenizer.mask_id == first + names.index("<|mdm_mask|>")
+    assert tokenizer.eos_id == tokenizer.pad_id == first + names.index("<|endoftext|>")
+    assert tokenizer.bos_id == first + names.index("<|startoftext|>")
+    assert tokenizer.vocab_size == first + len(names)
+    assert tokenizer.token_ids == list(range(first + len(names)))
+
+
+@pytest.mark.parametrize("names", [DREAM_ADDED, DREAM_ADDED[::-1]])
+def test_dream_ids_follow_the_names(tmp_path: Path, names: list[str]) -> None:
+    tokenizer = dream_tokenizer(str(write_dream(tmp_path, names)))
+    first = trained_backend().get_vocab_size()
+    assert tokenizer.mask_id == first + names.index("<|mask|>")
+    assert tokenizer.eos_id == tokenizer.pad_id == first + names.index("<|endoftext|>")
+    assert tokenizer.bos_id == first + names.index("<|beginoftext|>")
+
+
+@pytest.mark.parametrize("value", ["[CLS]", {"content": "[CLS]", "lstrip": False}])
+def test_named_mask_token_goes_before_the_family_default(tmp_path: Path, value: Any) -> None:
+    edit_json(write_llada(tmp_path) / "tokenizer_config.json", mask_token=value)
+    tokenizer = llada_tokenizer(str(tmp_path))
+    assert tokenizer.decode([tokenizer.mask_id], skip_special_tokens=False) == "[CLS]"
+
+
+def test_special_tokens_map_fills_what_the_config_lacks(tmp_path: Path) -> None:
+    directory = write_llada(tmp_path)
+    edit_json(directory / "tokenizer_config.json", pad_token=None)
+    mapped = {"pad_token": {"content": "[CLS]"}, "eos_token": "<|reserved_token_0|>"}
+    write_json(directory / "special_tokens_map.json", mapped)
+    tokenizer = llada_tokenizer(str(directory))
+    assert tokenizer.decode([tokenizer.pad_id], skip_special_tokens=False) == "[CLS]"
+    assert tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False) == "<|endoftext|>"
+
+
+def test_mask_token_by_the_id_in_config_json(tmp_path: Path) -> None:
+    names = [name for name in LLADA_ADDED if name != "<|mdm_mask|>"]
+    directory = write_llada(tmp_path, names)
+    write_json(directory / "config.json", {"mask_token_id": 5})
+    assert llada_tokenizer(str(directory)).mask_id == 5
+
+
+@pytest.mark.parametrize("config", [None, {}, {"mask_token_id": 100_000}, {"mask_token_id": -1}])
+def test_without_a_mask_token(tmp_path: Path, config: dict[str, int] | None) -> None:
+    directory = write_llada(tmp_path, [name for name in LLADA_ADDED if name != "<|mdm_mask|>"])
+    if config is not None:
+        write_json(directory / "config.json", config)
+    with pytest.raises(CheckpointError, match="tokenizer without a mask token") as error:
+        llada_tokenizer(str(directory))
+    for word in ("tokenizer_config.json", "<|mdm_mask|>", "mask_token_id", "Use the tokenizer files"):
+        assert word in str(error.value)
+
+
+def test_without_a_config_the_family_names_hold(tmp_path: Path) -> None:
+    directory = write_llada(tmp_path)
+    (directory / "tokenizer_config.json").unlink()
+    tokenizer = llada_tokenizer(str(directory))
+    marked = library_reading(directory)
+    assert (tokenizer.mask_id, tokenizer.eos_id, tokenizer.bos_id) == tuple(
+        marked.token_to_id(name) for name in ("<|mdm_mask|>", "<|endoftext|>", "<|startoftext|>")
+    )
+
+
+# --- layouts and broken files ---
+
+
+def test_tokenizer_json_goes_before_vocab_json(tmp_path: Path, dream: DreamTokenizer) -> None:
+    dream.save(tmp_path)
+    (tmp_path / "vocab.json").write_text("not read", encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("not read", encoding="utf-8")
+    assert dream_tokenizer(str(tmp_path)).encode(CORPUS[0]) == dream.encode(CORPUS[0])
+
+
+def test_added_tokens_json_serves_old_checkpoints(tmp_path: Path, dream: DreamTokenizer) -> None:
+    directory = write_dream(tmp_path)
+    entries = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))["added_tokens_decoder"]
+    ids = {entry["content"]: int(token_id) for token_id, entry in entries.items()}
+    write_json(directory / "added_tokens.json", dict(reversed(ids.items())))
+    edit_json(directory / "tokenizer_config.json", added_tokens_decoder=None)
+    tokenizer = dream_tokenizer(str(directory))
+    assert (tokenizer.mask_id, tokenizer.eos_id, tokenizer.bos_id) == (dream.mask_id, dream.eos_id, dream.bos_id)
+    messages = [{"role": "user", "content": CORPUS[0] + "".join(DREAM_ADDED)}]
+    assert tokenizer.encode_chat(messages) == dream.encode_chat(messages)
+
+
+def test_tokens_that_only_the_config_lists_are_added(tmp_path: Path, llada: LLaDATokenizer) -> None:
+    directory = write_llada(tmp_path)
+    content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    content["added_tokens"] = content["added_tokens"][:4]
+    write_json(directory / "tokenizer.json", content)
+    assert llada_tokenizer(str(directory)).mask_id == llada.mask_id
+
+
+def refuse(build: Callable[[str], Tokenizer], directory: Path, *words: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        build(str(directory))
+    assert [word for word in words if word not in str(error.value)] == [], str(error.value)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    refuse(llada_tokenizer, tmp_path / "nowhere", "nowhere", "does not exist")
+    (tmp_path / "file").touch()
+    refuse(llada_tokenizer, tmp_path / "file", "is not a directory")
+    (tmp_path / "empty").mkdir()
+    refuse(llada_tokenizer, tmp_path / "empty", "no tokenizer.json")
+    refuse(dream_tokenizer, tmp_path / "empty", "neither tokenizer.json nor vocab.json with merges.txt")
+    (write_dream(tmp_path / "dream") / "merges.txt").unlink()
+    refuse(dream_tokenizer, tmp_path / "dream", "neither tokenizer.json nor vocab.json with merges.txt")
+
+
+@pytest.mark.parametrize(
+    ("build", "write", "name"),
+    [
+        (llada_tokenizer, write_llada, "tokenizer.json"),
+        (llada_tokenizer, write_llada, "tokenizer_config.json"),
+        (llada_tokenizer, write_llada, "special_tokens_map.json"),
+        (dream_tokenizer, write_dream, "vocab.json"),
+    ],
+)
+def test_broken_json(
+    tmp_path: Path, build: Callable[[str], Tokenizer], write: Callable[[Path], Path], name: str
+) -> None:
+    directory = write(tmp_path)
+    (directory / name).write_text('{\n  "a": 1,\n  "b": ', encoding="utf-8")
+    refuse(build, directory, f"{directory / name} is not JSON", "line 3, column 8")
+    (directory / name).write_bytes(b'{"\xff": 1}')
+    refuse(build, directory, f"{directory / name} is not JSON", "byte 2")
+    (directory / name).write_text("[1]", encoding="utf-8")
+    refuse(build, directory, str(directory / name), "one JSON object")
+
+
+@pytest.mark.parametrize("key", ["mask_token", "eos_token", "pad_token", "bos_token"])
+def test_named_token_that_is_not_in_the_vocabulary(tmp_path: Path, key: str) -> None:
+    directory = write_llada(tmp_path)
+    edit_json(directory / "tokenizer_config.json", **{key: "<|gone|>"})
+    refuse(llada_tokenizer, directory, "tokenizer_config.json", key, "'<|gone|>'", "not in the vocabulary")
+
+
+def test_other_special_tokens_that_cannot_be_used(tmp_path: Path) -> None:
+    directory = write_llada(tmp_path)
+    edit_json(directory / "tokenizer_config.json", eos_token=3)
+    refuse(llada_tokenizer, directory, "eos_token is 3")
+    edit_json(directory / "tokenizer_config.json", eos_token="<|mdm_mask|>", pad_token=None)
+    refuse(llada_tokenizer, directory, "'<|mdm_mask|>' is both the mask token and the eos token")
+    directory = write_llada(tmp_path / "no_eos", [name for name in LLADA_ADDED if name != "<|endoftext|>"])
+    edit_json(directory / "tokenizer_config.json", eos_token=None, pad_token=None)
+    refuse(llada_tokenizer, directory, "without an eos token", "'<|endoftext|>'")
+
+
+def broken(path: list[str | int], value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(content: dict[str, Any]) -> None:
+        part: Any = content
+        for key in path[:-1]:
+            part = part[key]
+        part[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (broken(["model"], None), ["'model' is not a tokenizer model"]),
+        (broken(["model", "type"], "Nope"), ["'model' is not a tokenizer model"]),
+        (broken(["model", "vocab"], []), ["the vocabulary"]),
+        (broken(["model", "vocab", "a"], "1"), ["the vocabulary"]),
+        (broken(["model", "merges"], None), ["merges"]),
+        (broken(["model", "merges", 2], "one"), ["merge 3", "two tokens"]),
+        (broken(["model", "merges", 0], ["a", 1]), ["merge 1", "two tokens"]),
+        (broken(["model", "merges", 0], ["zzz", "a"]), ["merge 1", "'zzz'"]),
+        (broken(["model", "merges", 0], ["%", "%"]), ["merge 1", "'%%'"]),
+        (broken(["model", "continuing_subword_prefix"], 3), ["continuing_subword_prefix is 3"]),
+        (broken(["pre_tokenizer", "pretokenizers", 1, "type"], "Nope"), ["pre_tokenizer", "Nope"]),
+        (broken(["pre_tokenizer", "pretokenizers"], {}), ["pre_tokenizer"]),
+        (broken(["decoder"], "ByteLevel"), ["decoder", "ByteLevel"]),
+        (broken(["added_tokens"], {}), ["added_tokens"]),
+        (broken(["added_tokens", 0], {"id": 1, "content": "x"}), ["added_tokens", "single_word"]),
+        (broken(["added_tokens", 0, "id"], -1), ["added_tokens"]),
+        (broken(["added_tokens", 0, "id"], 9999), ["'<|startoftext|>' the id 9999", "tokenizer.json"]),
+    ],
+)
+def test_malformed_tokenizer_json(tmp_path: Path, change: Callable[[dict[str, Any]], None], words: list[str]) -> None:
+    file = write_llada(tmp_path) / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content)
+    write_json(file, content)
+    refuse(llada_tokenizer, tmp_path, str(file), *words)
+
+
+@pytest.mark.parametrize("entries", [[], {"a": {"content": "x"}}, {"1": "x"}, {"1": {"content": 1}}])
+def test_malformed_added_tokens(tmp_path: Path, entries: Any) -> None:
+    directory = write_llada(tmp_path)
+    edit_json(directory / "tokenizer_config.json", added_tokens_decoder=entries)
+    refuse(llada_tokenizer, directory, "tokenizer_config.json", "added token")
+
+
+def test_added_token_under_an_id_of_its_own(tmp_path: Path) -> None:
+    directory = write_dream(tmp_path)
+    edit_json(directory / "tokenizer_config.json", added_tokens_decoder={"9999": {"content": "<|mask|>"}})
+    refuse(dream_tokenizer, directory, "tokenizer_config.json", "'<|mask|>' the id 9999")
+
+
+def test_malformed_merges(tmp_path: Path) -> None:
+    file = write_dream(tmp_path) / "merges.txt"
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write("zzz e\n")
+    refuse(dream_tokenizer, tmp_path, str(file), "(zzz e)", "'zzz'")
+    file.write_text("#version: 0.2\nthe\n", encoding="utf-8")
+    refuse(dream_tokenizer, tmp_path, str(file), "merge 1 (the )")
+    file.write_bytes(b"#version\nt \xff\n")
+    refuse(dream_tokenizer, tmp_path, str(file), "byte 11")
