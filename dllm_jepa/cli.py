@@ -160,7 +160,7 @@ def _check_names(words: list[str]) -> None:
     if recipe in recipes or Path(recipe).is_file():
         return
     sys.path.append(str(Path.cwd()))  # where `tune run` looks for a module, too
-    if recipe.startswith("-") or not _is_module(recipe):
+    if not _is_module(recipe):
         names = ", ".join(recipes)
         raise LaunchError(
             f"{recipe!r} is neither a file nor a module nor one of our recipes: {names}. Usage: {_RUN_USAGE}"

@@ -89,7 +89,12 @@ def component_problems(key: str, node: Mapping[str, Any], kind: Component) -> li
     problems += _type_problems(key, arguments, _annotations(builder))
     for limit in kind.ranges:
         value = arguments.get(limit.argument, UNSET)
-        if limit.component in (None, path) and value is not UNSET and not limit.number.allows(value):
+        if (
+            limit.component in (None, path)
+            and value is not UNSET
+            and value is not None
+            and not limit.number.allows(value)
+        ):
             problems.append(f"{key}.{limit.argument}: {shown(value)} given, must be {limit.number.describe()}")
     return problems
 
@@ -105,7 +110,7 @@ def _call_problems(key: str, path: str, signature: inspect.Signature, kind: Comp
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return []
     named = {parameter.name for parameter in parameters if parameter.kind in _BY_NAME}
-    absent = [name for name in kind.keywords if name not in named]
+    absent = [name for name in kind.keywords + kind.optional if name not in named]
     return [f"{key}._component_: {path} does not take {name!r}, which the recipe passes" for name in absent]
 
 

@@ -72,6 +72,17 @@ def shuffling_has_targets(shuffle_targets: bool, jepa_weight: float, global_batc
     return problems
 
 
+def one_fill(dataset: Mapping[str, Any]) -> list[str]:
+    """A response is filled by a number of tokens or up to a number of tokens, not both."""
+    eos_fill, canvas_tokens = dataset.get("eos_fill"), dataset.get("canvas_tokens")
+    if not eos_fill or canvas_tokens is None:
+        return []
+    return [
+        f"dataset.eos_fill: {eos_fill} together with dataset.canvas_tokens: {canvas_tokens}; set eos_fill: 0 or "
+        "canvas_tokens: null"
+    ]
+
+
 def micro_batch_holds_a_sequence(tokens_per_device: int, max_seq_len: int) -> list[str]:
     """A sequence is never split over micro-batches; the batch plan checks the real lengths again."""
     if tokens_per_device >= max_seq_len:

@@ -102,7 +102,14 @@ JEPA = (
 DATA = (
     Key(
         "dataset",
-        Component(keywords=("tokenizer", "max_seq_len", "shift_logits", "progress")),
+        Component(
+            keywords=("tokenizer", "max_seq_len", "shift_logits", "progress"),
+            ranges=(
+                ArgumentRange("eos_fill", Number(integer=True, low=0)),
+                ArgumentRange("canvas_tokens", _COUNT),
+                ArgumentRange("num_pairs", _COUNT),
+            ),
+        ),
         "builder of the task: rows to tokens",
     ),
     Key("max_seq_len", Number(integer=True, low=2), "longest sequence, tokens"),
@@ -133,7 +140,7 @@ OPTIMIZER = (
         "lr_scheduler",
         Component(
             positional=("optimizer",),
-            optional=("num_training_steps", "last_epoch"),
+            optional=("num_training_steps",),
             trial="lr_scheduler",
         ),
         "builder of the schedule; null = constant rate",
@@ -171,7 +178,7 @@ CHECKPOINT = (
 LOGGING = (
     Key(
         "metric_logger",
-        Component(optional=("log_dir",)),
+        Component(),
         "a logger beside output_dir/metrics.jsonl, which is always written; null = none",
         default=None,
         nullable=True,
@@ -185,6 +192,7 @@ TRAINING = Schema(
         rules.jepa_parts_present,
         rules.one_jepa_schedule,
         rules.shuffling_has_targets,
+        rules.one_fill,
         rules.micro_batch_holds_a_sequence,
         rules.fp32_compute_on_cpu,
         rules.checkpoint_dir_exists,

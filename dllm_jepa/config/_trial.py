@@ -4,7 +4,6 @@ A builder raises ValueError for bad values. Calling it here turns that into one 
 model is loaded; what it builds is thrown away.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,7 +59,5 @@ def _build(trial: str, node: Mapping[str, Any], values: Mapping[str, Any]) -> ob
         return builder([torch.nn.Parameter(torch.zeros(1))], **arguments)
     if trial == "lr_scheduler":
         optimizer = _build("optimizer", values["optimizer"], values)
-        if "num_training_steps" in inspect.signature(builder).parameters:
-            arguments = {"num_training_steps": _MANY_STEPS, **arguments}
-        return builder(optimizer, **arguments)
+        return builder(optimizer, **{"num_training_steps": _MANY_STEPS, **arguments})
     return builder(**arguments)

@@ -9,10 +9,10 @@ last the prefix `~` (complement); `\b` is a zero-width word boundary.
 No language is empty or all-accepting, by construction:
 - every item needs at least one character, so a clause accepts some line and rejects the empty one; its complement the
   other way round; and the union of two clauses like a clause;
-- two clauses are joined only when `independent` finds, for each of them, a line that it accepts and the other one
+- two clauses are joined only when `may_join` finds, for each of them, a line that it accepts and the other one
   rejects: then A & ~B is not empty, and neither A & B nor A | B is just A or B again;
 - of two joined clauses at most one fixes the start and at most one the end, and none fixes the whole line, so a line
-  of both is found by putting their texts side by side.
+  of both is found by putting their texts side by side, with a gap between them.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,6 @@ from typing import Literal
 
 ClauseKind = Literal["contains", "starts", "ends", "sequence", "adjacent", "whole_word", "only"]
 LineKind = Literal["plain", "not", "and", "or", "but_not", "neither"]
-
-# Between the texts of a witness line: belongs to no unit, and is no word character.
-_GAP = "-"
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,10 @@ class Unit:
     def is_word(self) -> bool:
         """Whether this is a fixed word, which needs parentheses under a repeat."""
         return not self.members
+
+    def text(self, *, canonical: bool = False) -> str:
+        """The regex piece; `canonical` spells out the members of a class, which may have several names."""
+        return f"[{''.join(sorted(self.members))}]" if canonical and self.members else self.regex
 
     def occurs(self, text: str, times: int) -> bool:
         """Whether `text` has a match of `times` units in a row."""
@@ -76,24 +77,29 @@ class Item:
 
     def regex(self, *, canonical: bool = False) -> str:
         """The regex of the item; `canonical` sorts the two units of a choice."""
+        text = self.unit.text(canonical=canonical)
         if self.other is not None:
-            options = [self.unit.regex, self.other.regex]
+            options = [text, self.other.text(canonical=canonical)]
             return f"({'|'.join(sorted(options) if canonical else options)})"
         if self.repeat == 0:
-            return self.unit.regex
-        base = f"({self.unit.regex})" if self.unit.is_word else self.unit.regex
+            return text
+        base = f"({text})" if self.unit.is_word else text
         if self.exactly:
             return f"{base}{{{self.repeat}}}"
         return f"{base}+" if self.repeat == 1 else f"{base}{{{self.repeat},}}"
 
-    def sample(self, variant: int) -> str:
-        """A short text that the item matches; `variant` 0 or 1 picks the sample of the unit."""
-        return self.unit.samples[variant] * max(1, self.repeat)
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The units of a choice, or the only one."""
+        return (self.unit,) if self.other is None else (self.unit, self.other)
+
+    def samples(self, variant: int) -> list[str]:
+        """Short texts that the item matches, one for each unit; `variant` 0 or 1 picks the sample of the units."""
+        return [unit.samples[variant] * max(1, self.repeat) for unit in self.units]
 
     def occurs(self, text: str) -> bool:
         """Whether the item matches a part of `text`."""
-        units = [self.unit] if self.other is None else [self.unit, self.other]
-        return any(unit.occurs(text, max(1, self.repeat)) for unit in units)
+        return any(unit.occurs(text, max(1, self.repeat)) for unit in self.units)
 
 
 @dataclass(frozen=True)
@@ -111,11 +117,6 @@ class Clause:
     def regex(self, *, canonical: bool = False) -> str:
         """The regex of the clause, which matches whole lines."""
         return _CLAUSE_REGEX[self.kind](*[item.regex(canonical=canonical) for item in self.items])
-
-    def witness(self, variant: int) -> str:
-        """A line that the clause accepts."""
-        gap = "" if self.kind == "adjacent" else _GAP
-        return gap.join(item.sample(variant) for item in self.items)
 
 
 _CLAUSE_REGEX: dict[ClauseKind, Callable[..., str]] = {
@@ -151,24 +152,33 @@ class Line:
     clauses: tuple[Clause, ...]
 
     def regex(self, *, canonical: bool = False) -> str:
-        """The regex of the line; `canonical` sorts the operands of `|` and `&`, so that order makes no difference."""
+        """The regex of the line.
+
+        With `canonical`, lines that differ in the order of the operands of `|` and `&` or in the name of a class have
+        one text. It is no regex to train on.
+        """
         texts = [clause.regex(canonical=canonical) for clause in self.clauses]
         if canonical and self.kind != "but_not":
             texts.sort()
         return _LINE_REGEX[self.kind](*texts)
 
 
-def independent(first: Clause, second: Clause) -> bool:
-    """Whether two clauses may be joined: each accepts a line that the other rejects, and one line satisfies both.
+def may_join(kind: LineKind, first: Clause, second: Clause) -> bool:
+    """Whether two clauses with one item each may be joined; sound but cautious.
 
-    Sound but cautious: it says no to some pairs that could be joined.
+    Each must accept lines that the other one rejects, for every unit of a choice of its own, and one line must satisfy
+    both. A union of two clauses that differ only in their item is refused too: a choice already says that.
     """
     kinds = (first.kind, second.kind)
     if "only" in kinds or kinds in (("starts", "starts"), ("ends", "ends")):
+        return False
+    if kind in ("or", "neither") and first.kind == second.kind:
         return False
     return _escapes(first, second) and _escapes(second, first)
 
 
 def _escapes(clause: Clause, other: Clause) -> bool:
-    """Whether a witness of `clause` lacks something that every line of `other` has."""
-    return any(not item.occurs(clause.witness(variant)) for variant in (0, 1) for item in other.items)
+    """Whether every unit that satisfies `clause` can do so without what every line of `other` has."""
+    (item,), (needed,) = clause.items, other.items
+    texts = zip(item.samples(0), item.samples(1), strict=True)
+    return all(not needed.occurs(text) or not needed.occurs(variant) for text, variant in texts)

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from dllm_jepa.data._examples import ExampleOptions, TooLong
-from dllm_jepa.data._regex_grammar import Clause, ClauseKind, Item, Line, LineKind, Unit, independent
+from dllm_jepa.data._examples import ExampleOptions, TooLong, check_choice
+from dllm_jepa.data._regex_grammar import Clause, ClauseKind, Item, Line, LineKind, Unit, may_join
 from dllm_jepa.data._sequences import SequenceDataset
 from dllm_jepa.data._sources import Row
 from dllm_jepa.data._tasks import TASKS, build_task
@@ -171,7 +171,7 @@ class _Sampler:
         while True:
             first, second = self.item(kind), self.item(kind)
             # The same unit twice in a row would be a repeat under another name.
-            if not {first.unit, first.other} & {second.unit, second.other} - {None}:
+            if not set(first.units) & set(second.units):
                 return Clause(kind, (first, second))
 
     def line(self) -> Line:
@@ -180,7 +180,7 @@ class _Sampler:
             return Line(kind, (self.clause(self.clause_kinds),))
         while True:
             first, second = self.clause(self.joined_kinds), self.clause(self.joined_kinds)
-            if independent(first, second):
+            if may_join(kind, first, second):
                 return Line(kind, (first, second))
 
     def describe(self, line: Line) -> str:
@@ -246,10 +246,8 @@ def generate_regex_pairs(
     """
     if not 1 <= num_pairs <= MAX_PAIRS:
         raise ValueError(f"num_pairs must be between 1 and {MAX_PAIRS}, got {num_pairs}")
-    if split not in ("train", "heldout"):
-        raise ValueError(f"split must be train or heldout, got {split!r}")
-    if task not in WORDINGS:
-        raise ValueError(f"task must be one of {', '.join(WORDINGS)}, got {task!r}")
+    check_choice("split", split, ("train", "heldout"))
+    check_choice("task", task, tuple(WORDINGS))
     sampler = _Sampler(WORDINGS[task], f"{task} {seed}")
     pairs: dict[str, str] = {}
     while len(pairs) < num_pairs:

@@ -79,7 +79,7 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 def _parse(line: bytes, name: str, place: str) -> Row:
     try:
-        values = json.loads(line.decode("utf-8"))
+        values = json.loads(line.rstrip().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{place} is not UTF-8 (byte {error.start + 1} of the line)") from error
     except json.JSONDecodeError as error:

@@ -52,7 +52,7 @@ def text(
                 continue
             document = [*tokenizer.encode(row.values["text"]), tokenizer.eos_id]
             size = max_seq_len - len(bos) if too_long == "chunk" else len(document)
-            for chunk in split_evenly_enough(document, size):
+            for chunk in split_chunks(document, size):
                 yield bos + chunk, [False] * len(bos) + [True] * len(chunk), row.name
 
     return build_sequences(
@@ -65,7 +65,7 @@ def text(
     )
 
 
-def split_evenly_enough(document: list[int], size: int) -> list[list[int]]:
+def split_chunks(document: list[int], size: int) -> list[list[int]]:
     """Cut a document into chunks of `size` tokens and a rest, of which none is a single token.
 
     Args:

@@ -166,6 +166,11 @@ def uniform_ratio_views(
         raise ValueError(
             f"target_range must reach at least as high as context_range ({context_high}), got an end of {target_high}"
         )
+    if target_high <= max(context_low, SMALLEST_RATIO):
+        raise ValueError(
+            f"no target ratio lies above the context's: context_range begins at {context_low} (a drawn ratio is never "
+            f"below {SMALLEST_RATIO}) and target_range ends at {target_high}"
+        )
     if target_gap is not None and not 0 < target_gap < 1:
         raise ValueError(f"target_gap must be in (0, 1), got {target_gap}")
 

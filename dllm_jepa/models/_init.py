@@ -22,7 +22,7 @@ class InitialWeights:
     """
 
     def __init__(self, module: nn.Module, *, seed: int, num_layers: int, std: float = 0.02) -> None:
-        self._shapes = {name: param.shape for name, param in module.named_parameters()}
+        self._shapes = {name: weight.shape for name, weight in module.state_dict().items()}
         self._seed = seed
         self._std = std
         self._residual_std = std / math.sqrt(2 * num_layers)

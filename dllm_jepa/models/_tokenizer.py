@@ -95,8 +95,9 @@ class Tokenizer:
             # Only a model that looks up whole words gets here, with a special token among its words: cut that in two.
             name = str(self._backend.id_to_token(special_id))
             if name in text and len(name) > 1:
-                head, tail = text.split(name, 1)
-                return self.encode(head + name[0]) + self.encode(name[1:] + tail)
+                first, *others, last = text.split(name)
+                pieces = [first + name[0], *(name[1:] + other + name[0] for other in others), name[1:] + last]
+                return [token_id for piece in pieces for token_id in self.encode(piece)]
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -158,7 +158,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, directory: Path) -> None:
     tokens = []
     for _, entry in sorted(entries.items(), key=lambda item: int(item[0])):
         flags = {flag: entry[flag] for flag in ADDED_TOKEN_FLAGS if flag in entry}
-        tokens.append(AddedToken(entry["content"], **({"normalized": False} | flags)))
+        tokens.append(AddedToken(entry["content"], **flags))
     backend.add_tokens([token for token in tokens if backend.token_to_id(token.content) is None])
     backend.add_special_tokens([token for token in tokens if token.special])
     check_ids(backend, {entry["content"]: int(token_id) for token_id, entry in entries.items()}, file)

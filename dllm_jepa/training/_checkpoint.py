@@ -10,6 +10,9 @@ A checkpoint gets its final name only when every rank has written its part.
 
 import json
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +69,8 @@ def save_training_state(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     ranks.wait()
-    dcp.save(tensors, checkpoint_id=unfinished, no_dist=ranks.mesh is None)
+    with _quiet_in_one_process(ranks):
+        dcp.save(tensors, checkpoint_id=unfinished, no_dist=ranks.mesh is None)
     if ranks.is_rank_zero:
         state = json.dumps({"step": step} | scalars, indent=2)
         (unfinished / _STATE_NAME).write_text(state + "\n", encoding="utf-8")
@@ -102,7 +106,8 @@ def load_training_state(checkpoint: Path, tensors: dict[str, Tensor], ranks: Ran
         names = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
         lines = [f"{name}: saved {saved.get(name, 'nothing')}, needed {wanted.get(name, 'nothing')}" for name in names]
         raise CheckpointError(f"checkpoint {checkpoint} is of another run:\n  " + "\n  ".join(lines[:20]))
-    dcp.load(tensors, storage_reader=reader, no_dist=ranks.mesh is None)
+    with _quiet_in_one_process(ranks):
+        dcp.load(tensors, storage_reader=reader, no_dist=ranks.mesh is None)
     return scalars
 
 
@@ -131,6 +136,15 @@ def remove_old_checkpoints(directory: Path, keep_last: int | None) -> None:
     if keep_last is not None:
         for checkpoint in list_checkpoints(directory)[:-keep_last]:
             shutil.rmtree(checkpoint)
+
+
+@contextmanager
+def _quiet_in_one_process(ranks: Ranks) -> Iterator[None]:
+    """Without the warning that there is no process group: one process is meant to have none."""
+    with warnings.catch_warnings():
+        if ranks.mesh is None:
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _create_state(optimizer: Optimizer) -> None:

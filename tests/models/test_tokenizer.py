@@ -27,6 +27,7 @@ from tests.models.tokenizer_layouts import (
     LLADA_ADDED,
     edit_json,
     library_reading,
+    trained_backend,
     write_dream,
     write_json,
     write_llada,
@@ -34,7 +35,7 @@ from tests.models.tokenizer_layouts import (
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 # Without the text of special tokens, which the library would turn into their ids.
-ORDINARY_TEXT = TEXT.filter(lambda text: "<|" not in text)
+ORDINARY_TEXT = TEXT.filter(lambda text: not any(name in text for name in LLADA_ADDED + DREAM_ADDED))
 # Letters that every Unicode version of the last years knows, so that two engines cut the same words.
 OLD_TEXT = st.text(
     st.one_of(
@@ -162,6 +163,12 @@ def test_special_text_in_content_stays_text(family: Tokenizer, before: str, afte
     assert "".join(special) in family.decode(plain)
 
 
+def test_special_text_is_encoded_like_any_other_text(family: Tokenizer) -> None:
+    for copied in (family, copy.deepcopy(family), pickle.loads(pickle.dumps(family))):
+        for text in ("a<|endoftext|>b <|mdm_mask|><|mask|>", " <|im_start|>\n<|eot_id|>"):
+            assert copied.encode(text) == trained_backend().encode(text).ids
+
+
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
@@ -274,13 +281,6 @@ def test_save_keeps_a_mask_token_that_only_config_json_gave(tmp_path: Path) -> N
     write_json(directory / "config.json", {"mask_token_id": 5})
     llada_tokenizer(str(directory)).save(tmp_path / "saved")
     assert llada_tokenizer(str(tmp_path / "saved")).mask_id == 5
-
-
-@pytest.mark.parametrize("copied", [lambda t: pickle.loads(pickle.dumps(t)), copy.deepcopy])
-def test_a_copy_for_another_process_is_equal(family: Tokenizer, copied: Callable[[Tokenizer], Tokenizer]) -> None:
-    text = "a<|endoftext|><|mdm_mask|><|mask|>"
-    assert copied(family).encode(text) == family.encode(text)
-    assert family.mask_id not in copied(family).encode(text)
 
 
 def test_lengths_in_tokenizer_json_do_not_cut_or_pad(tmp_path: Path) -> None:

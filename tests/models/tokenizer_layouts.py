@@ -11,27 +11,35 @@ CORPUS = [
     "The quick brown fox doesn't jump over 12 lazy dogs; it's asleep.\n\nWhy? Because!\n",
     "def square(x):\n    return x ** 2\n\nprint(square(3))\r\n",
     "user assistant system helpful You are a helpful assistant.\n",
+    "1234 2024 12 12 in 2024; 12 and 34\n\n\n\n  1234",
     "Caf\u00e9 na\u00efve \u4f60\u597d\uff0c\u4e16\u754c \u043c\u0438\u0440",
 ] * 4
 CUTS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 HEADERS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 LLADA_ADDED = ["<|startoftext|>", "<|endoftext|>", "[CLS]", "<|reserved_token_0|>", "<|mdm_mask|>", "<role>", *HEADERS]
-DREAM_ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "<|beginoftext|>", "<|mask|>"]
+DREAM_ADDED = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<tool_call>",
+    "<|beginoftext|>",
+    "<|mask|>",
+]
 
 
 def trained_backend() -> tokenizers.Tokenizer:
+    """A byte-level BPE without added tokens; learned on uncut text, so that a missing cut shows in the ids."""
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(CUTS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = byte_level
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=360, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     backend.train_from_iterator(CORPUS, trainer)
+    cuts = pre_tokenizers.Split(Regex(CUTS), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([cuts, byte_level])
     return backend
 
 

@@ -1,0 +1,145 @@
+"""The exponential moving average, against its closed form, and what it must never do."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dllm_jepa.jepa import EMATargetEncoder, ema_target_encoder, pool
+
+
+class TinyBackbone(nn.Module):
+    """[B, T] to [B, T, D], with dropout and with packing arguments that change the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.dropout = nn.Dropout(0.5)
+        self.out = nn.Linear(6, 6)
+
+    def forward(self, tokens: Tensor, *, mask: Tensor | None = None, input_pos: Tensor | None = None) -> Tensor:
+        hidden: Tensor = self.out(self.dropout(self.embedding(tokens)))
+        if input_pos is not None:
+            hidden = hidden * (1 + input_pos[..., None])
+        return hidden if mask is None else hidden * mask[..., None]
+
+
+def weights(module: nn.Module) -> list[Tensor]:
+    return [param.detach().clone() for param in module.parameters()]
+
+
+@pytest.mark.parametrize("ema_decay", [0.996, 0.9, 0.0])
+def test_after_n_updates_it_equals_its_closed_form(ema_decay: float) -> None:
+    """tau^n theta_0 + (1 - tau) sum_k tau^(n - k) theta_k, in fp64, for n = 50 moving weights."""
+    generator = torch.Generator().manual_seed(0)
+    online, steps = TinyBackbone(), 50
+    encoder = EMATargetEncoder(TinyBackbone(), ema_decay=ema_decay)
+    encoder.copy_from(online)
+    trajectory = [weights(online)]
+    for _ in range(steps):
+        with torch.no_grad():
+            for param in online.parameters():
+                param += 0.1 * torch.randn(param.shape, generator=generator)
+        encoder.update(online)
+        trajectory.append(weights(online))
+    for position, average in enumerate(encoder.backbone.parameters()):
+        path = [point[position].double() for point in trajectory]
+        expected = ema_decay**steps * path[0]
+        for k in range(1, steps + 1):
+            expected = expected + (1 - ema_decay) * ema_decay ** (steps - k) * path[k]
+        assert average.dtype == torch.float32
+        torch.testing.assert_close(average.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_it_starts_as_a_copy_that_the_online_weights_do_not_move() -> None:
+    online, encoder = TinyBackbone(), EMATargetEncoder(TinyBackbone(), ema_decay=0.5)
+    before = weights(online)
+    assert not torch.equal(next(encoder.backbone.parameters()), before[0])
+    encoder.copy_from(online)
+    with torch.no_grad():
+        for param in online.parameters():
+            param.zero_()
+    for average, start in zip(encoder.backbone.parameters(), before, strict=True):
+        assert torch.equal(average, start)
+
+
+def test_an_update_leaves_the_online_weights_alone() -> None:
+    online, encoder = TinyBackbone(), EMATargetEncoder(TinyBackbone(), ema_decay=0.5)
+    before = weights(online)
+    encoder.update(online)
+    for param, start in zip(online.parameters(), before, strict=True):
+        assert torch.equal(param, start) and param.requires_grad
+
+
+@pytest.mark.parametrize("online_dtype", [torch.float32, torch.bfloat16])
+def test_small_updates_are_not_lost(online_dtype: torch.dtype) -> None:
+    """Weights near 0.02, online weights 1 % away: an update of 0.4 % of that moves every average; in bf16 none would."""
+    encoder = EMATargetEncoder(TinyBackbone(), ema_decay=0.996)
+    online = TinyBackbone().to(online_dtype)
+    with torch.no_grad():
+        for param in encoder.backbone.parameters():
+            param.fill_(0.02)
+        for param in online.parameters():
+            param.fill_(0.0202)
+    start = torch.tensor(0.02)
+    encoder.update(online)
+    step = 0.004 * (float(next(online.parameters()).flatten()[0]) - float(start))
+    for average in encoder.backbone.parameters():
+        moved = average - start
+        torch.testing.assert_close(moved, torch.full_like(moved, step), atol=2e-9, rtol=0)
+        assert torch.equal(average.bfloat16(), start.bfloat16().expand_as(average))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"kept in fp32, got parameters of {dtype}: .* rounded away"):
+        EMATargetEncoder(TinyBackbone().to(dtype), ema_decay=0.996)
+
+
+def test_one_half_precision_parameter_is_refused() -> None:
+    backbone = TinyBackbone()
+    backbone.out.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="torch.bfloat16"):
+        EMATargetEncoder(backbone, ema_decay=0.996)
+
+
+@pytest.mark.parametrize("ema_decay", [-0.001, 1.0, 1.5, math.nan])
+def test_the_decay_is_checked(ema_decay: float) -> None:
+    with pytest.raises(ValueError, match=rf"ema_decay must be in \[0, 1\), got {ema_decay}"):
+        ema_target_encoder(TinyBackbone(), ema_decay=ema_decay)
+
+
+def test_the_paper_s_decay_is_the_default() -> None:
+    assert ema_target_encoder(TinyBackbone()).ema_decay == 0.996
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_embeds_as_backbone_and_pool_without_gradient(layer_norm: bool) -> None:
+    torch.manual_seed(0)
+    encoder = ema_target_encoder(TinyBackbone())
+    tokens = torch.randint(0, 11, (2, 5))
+    sequence_ids = torch.tensor([[0, 0, -1, 0, -1], [1, -1, 1, -1, -1]])
+    packing = {"mask": torch.tensor([[1.0, 2, 3, 4, 5]] * 2), "input_pos": torch.arange(5).expand(2, 5)}
+    embedded = encoder.embed(tokens, sequence_ids, 2, layer_norm=layer_norm, **packing)
+    assert embedded.shape == (2, 6) and not embedded.requires_grad
+    expected = pool(encoder.backbone(tokens, **packing), sequence_ids, 2, layer_norm=layer_norm)
+    # Equal twice over: dropout is off, and the mask and positions have arrived.
+    assert torch.equal(embedded, expected)
+    assert not torch.equal(embedded, encoder.embed(tokens, sequence_ids, 2, layer_norm=layer_norm))
+
+
+def test_nothing_in_it_can_be_trained() -> None:
+    encoder = ema_target_encoder(TinyBackbone().train())
+    assert not any(param.requires_grad for param in encoder.backbone.parameters())
+    assert not any(module.training for module in encoder.backbone.modules())
+    for _ in range(2):
+        encoder.update(TinyBackbone())
+    assert all(not p.requires_grad and p.grad is None and p.is_leaf for p in encoder.backbone.parameters())
+
+
+def test_another_architecture_is_refused() -> None:
+    online = nn.Sequential(*itertools.islice(TinyBackbone().children(), 1))
+    with pytest.raises((ValueError, RuntimeError)):
+        ema_target_encoder(TinyBackbone()).copy_from(online)

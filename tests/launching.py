@@ -1,0 +1,98 @@
+"""Run recipes as a user does, small: in this process, or on several gloo ranks."""
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+ROOT = Path(__file__).parents[1]
+
+# The demo's config, small enough for seconds: a batch of 12 short sequences, several micro-batches a step.
+SMALL = [
+    "--config",
+    "tiny",
+    "model.embed_dim=32",
+    "model.num_layers=2",
+    "model.mlp_dim=48",
+    "dataset.num_pairs=60",
+    "tokens_per_device=4000",
+    "global_batch_size=12",
+    "max_steps=6",
+    "monitor_every=2",
+    "lr_scheduler.num_warmup_steps=3",
+    "optimizer.lr=1e-3",
+    "export=false",
+]
+
+
+def run_here(output_dir: Path, *overrides: str, recipe: str = "dllm_jepa_full", base: list[str] = SMALL) -> list[dict[str, Any]]:
+    """Run a recipe in this process; returns the objects of its metrics.jsonl."""
+    with patch.object(sys, "argv", [recipe, *base, f"output_dir={output_dir}", *overrides]):
+        importlib.import_module(recipe).recipe_main()
+    return metrics(output_dir)
+
+
+def run_on_ranks(num_ranks: int, runs: dict[Path, list[str]], *, recipe: str = "dllm_jepa_full", base: list[str] = SMALL) -> None:
+    """Run a recipe several times, one after the other, in one launch of gloo ranks."""
+    launch(
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", __file__],
+        recipe,
+        json.dumps([[*base, f"output_dir={output_dir}", *overrides] for output_dir, overrides in runs.items()]),
+        json.dumps(free_ports(len(runs))),
+    )
+
+
+def launch(command: list[str], *arguments: str) -> None:
+    """Run Python in a fresh process group; its output is shown when it fails, and nothing of it is left behind."""
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "recipes")))
+    process = subprocess.Popen(
+        [sys.executable, *command, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks, which are in process groups of their own
+        output, _ = process.communicate()
+    if process.returncode:
+        raise AssertionError(f"exit code {process.returncode}\n{output}")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in sockets:
+            listener.bind(("localhost", 0))
+        return [listener.getsockname()[1] for listener in sockets]
+
+
+def metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """The objects of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def main() -> None:
+    """A rank of `run_on_ranks`."""
+    recipe = importlib.import_module(sys.argv[1])
+    runs, ports = (json.loads(argument) for argument in sys.argv[2:])
+    for arguments, port in zip(runs, ports, strict=True):
+        # A store of its own for every run: torchrun's would still hold the addresses of the last one.
+        os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        with patch.object(sys, "argv", [sys.argv[1], *arguments]):
+            recipe.recipe_main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The built-in tokenizer: lossless on any text, whole words and regex pieces, and equal after saving and reading."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dllm_jepa.data._regex_pairs import WORDINGS, WORDS, generate_regex_pairs
+from dllm_jepa.errors import CheckpointError
+from dllm_jepa.models.tiny._tokenizer import tiny_tokenizer
+from dllm_jepa.models.tiny._vocabulary import PIECES, SPECIAL_TOKENS
+
+TOKENIZER = tiny_tokenizer()
+CHAT = [
+    {"role": "system", "content": "Go."},
+    {"role": "user", "content": "a dog"},
+    {"role": "assistant", "content": ".*dog.*"},
+]
+
+
+@given(st.text())
+def test_any_text_survives(text: str) -> None:
+    ids = TOKENIZER.encode(text)
+    assert TOKENIZER.decode(ids, skip_special_tokens=False) == text
+    assert set(ids) <= set(TOKENIZER.token_ids)
+
+
+@given(st.lists(st.sampled_from([*SPECIAL_TOKENS, *PIECES, "<0xE2>", "\u0120", "\u2603", " ", "x"])).map("".join))
+def test_names_of_tokens_inside_text_stay_text(text: str) -> None:
+    ids = TOKENIZER.encode(text)
+    special = {TOKENIZER.mask_id, TOKENIZER.eos_id, TOKENIZER.bos_id}
+    assert not special & set(ids)
+    assert TOKENIZER.decode(ids) == text
+
+
+def test_printable_ascii_is_one_token_per_character_at_most() -> None:
+    for code in range(0x20, 0x7F):
+        assert len(TOKENIZER.encode(chr(code))) == 1
+    for piece in PIECES:
+        assert len(TOKENIZER.encode(piece)) == 1, piece
+
+
+@pytest.mark.parametrize("task", ["first", "second"])
+def test_words_and_regex_pieces_of_the_generator_are_single_tokens(task: str) -> None:
+    wording = WORDINGS[task]
+    pieces = {*WORDS, *(unit.regex for unit in wording.classes), *"()|&~+", ".*"}
+    pieces |= {f"{{{times}}}" for times in range(2, 8)} | {f"{{{times},}}" for times in range(2, 8)}
+    if "whole_word" in wording.clauses:
+        pieces.add(r"\b")
+    for piece in pieces:
+        assert len(TOKENIZER.encode(piece)) == 1, piece
+    pairs = generate_regex_pairs(num_pairs=500, seed=0, split="train", task=task)  # type: ignore[arg-type]
+    for pair in pairs:
+        description = pair["description"]
+        assert len(TOKENIZER.encode(description)) == len(description.split(" ")), description
+        # Nothing but the pieces above: none is broken up, none is glued to its neighbour.
+        tokens = [TOKENIZER.decode([token_id]) for token_id in TOKENIZER.encode(pair["regex"])]
+        assert set(tokens) <= pieces, pair["regex"]
+
+
+def test_special_tokens() -> None:
+    special = [TOKENIZER.mask_id, TOKENIZER.eos_id, TOKENIZER.bos_id]
+    assert len(set(special)) == 3
+    assert TOKENIZER.pad_id == TOKENIZER.eos_id
+    assert TOKENIZER.token_ids == list(range(TOKENIZER.vocab_size))
+    assert TOKENIZER.vocab_size < 512
+    assert TOKENIZER.decode([TOKENIZER.bos_id, *TOKENIZER.encode("a dog"), TOKENIZER.eos_id]) == "a dog"  # type: ignore[list-item]
+
+
+def test_chat_format() -> None:
+    ids, response = TOKENIZER.encode_chat(CHAT)
+    written = [TOKENIZER.decode([token_id], skip_special_tokens=False) for token_id in ids]
+    assert written == [
+        *("<|startoftext|>", "<|system|>", "G", "o", ".", "<|end|>"),
+        *("<|user|>", "a", " dog", "<|end|>", "<|assistant|>", ".*", "dog", ".*", "<|end|>"),
+    ]
+    assert response == [False] * 11 + [True] * 4
+
+
+def test_a_generation_prompt_is_a_prefix_of_the_answered_chat() -> None:
+    prompt, response = TOKENIZER.encode_chat(CHAT[:2], add_generation_prompt=True)
+    assert TOKENIZER.encode_chat(CHAT)[0][: len(prompt)] == prompt
+    assert response == [False] * len(prompt)
+
+
+def test_broken_chats() -> None:
+    with pytest.raises(ValueError, match="messages is empty"):
+        TOKENIZER.encode_chat([])
+    with pytest.raises(ValueError, match="role 'tool'"):
+        TOKENIZER.encode_chat([{"role": "tool", "content": ""}])
+
+
+def test_equal_after_saving_and_reading(tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path)
+    read = tiny_tokenizer(tmp_path)
+    for name in ("vocab_size", "token_ids", "mask_id", "eos_id", "pad_id", "bos_id"):
+        assert getattr(read, name) == getattr(TOKENIZER, name), name
+    text = "lines with 3 or more <|mask|> \u2603 (.*[a-z]{3,}.*)&~(.*dog)\n"
+    assert read.encode(text) == TOKENIZER.encode(text)
+    assert read.decode(read.encode(text)) == text
+    assert read.encode_chat(CHAT) == TOKENIZER.encode_chat(CHAT)
+    read.save(tmp_path / "again")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / file).read_bytes()
+
+
+def test_names_of_the_special_tokens_are_read_from_the_files(tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"mask_token": "<|end|>"}))
+    assert tiny_tokenizer(tmp_path).mask_id == TOKENIZER.encode_chat(CHAT)[0][-1]
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="none does not exist"):
+        tiny_tokenizer(tmp_path / "none")
+
+
+def test_tokenization_is_fast() -> None:
+    # As many lines as the training set of django; a second or two, with a wide margin for a busy machine.
+    lines = [f"call the function clean_{n} with an argument value, substitute it for {n}." for n in range(16_000)]
+    start = time.process_time()
+    for line in lines:
+        TOKENIZER.encode(line)
+    assert time.process_time() - start < 15
