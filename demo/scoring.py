@@ -69,22 +69,18 @@ def heldout_items(cfg: DictConfig, tokenizer: Tokenizer, num_items: int) -> list
         tokenizer: its tokenizer.
         num_items: number of items.
     """
-    if cfg.dataset.get("_component_") != "dllm_jepa.data.regex_pairs":
-        raise ConfigError(
-            f"only runs on dllm_jepa.data.regex_pairs can be scored, not {cfg.dataset.get('_component_')}"
-        )
-    draw = {"num_pairs": num_items, "seed": HELDOUT_SEED, "split": "heldout"}
-    pairs = generate_regex_pairs(**draw, task=cfg.dataset.get("task", "first"))
-    dataset = instantiate(
-        OmegaConf.merge(cfg.dataset, draw), tokenizer, max_seq_len=cfg.max_seq_len, shift_logits=False, progress=False
-    )
+    if cfg.dataset["_component_"] != "dllm_jepa.data.regex_pairs":
+        raise ConfigError(f"only runs on dllm_jepa.data.regex_pairs can be scored, not {cfg.dataset['_component_']}")
+    task = cfg.dataset.get("task", "first")
+    pairs = generate_regex_pairs(num_pairs=num_items, seed=HELDOUT_SEED, split="heldout", task=task)
+    # The same draw once more, as a dataset: its prompts are those of training, whatever the template.
+    dataset_cfg = OmegaConf.merge(cfg.dataset, {"num_pairs": num_items, "seed": HELDOUT_SEED, "split": "heldout"})
+    dataset = instantiate(dataset_cfg, tokenizer, max_seq_len=cfg.max_seq_len, shift_logits=False, progress=False)
     prompts = (tokens[: int(maskable.argmax())].tolist() for tokens, maskable in dataset)
     return [Item(pair["description"], pair["regex"], prompt) for pair, prompt in zip(pairs, prompts, strict=True)]
 
 
-def answer(
-    model: DenoisingModel, tokenizer: Tokenizer, items: Sequence[Item], decoding: BlockDecoding
-) -> list[Answer]:
+def answer(model: DenoisingModel, tokenizer: Tokenizer, items: Sequence[Item], decoding: BlockDecoding) -> list[Answer]:
     """Generate the answers, in the order of the items."""
     answers = []
     for start in range(0, len(items), BATCH_SIZE):
@@ -155,14 +151,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def score_run(run_dir: Path, *, num_items: int, command: str, threads: int | None = None) -> dict[str, Any]:
+def score_run(run_dir: Path, *, num_items: int, command: str) -> dict[str, Any]:
     """Score a finished run; writes scores.json, generations.jsonl and examples.json into its folder.
 
     Args:
         run_dir: output_dir of the run.
         num_items: held-out items.
         command: how it was trained, for the report.
-        threads: CPU threads that the training had; None for those of this process.
 
     Returns:
         What scores.json holds; shares are fractions in [0, 1].
@@ -204,7 +199,7 @@ def score_run(run_dir: Path, *, num_items: int, command: str, threads: int | Non
         "heldout_seed": HELDOUT_SEED,
         "started_from": cfg.checkpoint_dir,
         "cpus": os.cpu_count(),
-        "threads": threads or torch.get_num_threads(),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "command": command,
     }

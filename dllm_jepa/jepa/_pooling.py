@@ -3,6 +3,8 @@
 Shape legend: B rows, T tokens of a row, D hidden, S sequences.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +26,11 @@ def pool(hidden: Tensor, sequence_ids: Tensor, num_sequences: int, *, layer_norm
     """
     members = sequence_ids.flatten() == torch.arange(num_sequences, device=hidden.device)[:, None]  # [S, B * T]
     weights = members.float() / members.sum(1, keepdim=True).clamp(min=1)
-    # Autocast would run the product in bf16.
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _without_autocast(hidden.device.type):
         pooled = weights @ hidden.flatten(0, 1).float()
         return F.layer_norm(pooled, pooled.shape[-1:]) if layer_norm else pooled
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast would run the product in bf16; the meta device has none to switch off."""
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()

@@ -46,19 +46,23 @@ class RunDirectory:
             )
 
     def open(self, config_yaml: str) -> None:
-        """Create the directory, write the config, and cut metrics.jsonl back to the step that the run goes on from."""
+        """Create the directory, write the config, and cut metrics.jsonl back to the step that the run goes on from.
+
+        Raises:
+            CheckpointError: if metrics.jsonl ends before that step.
+        """
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self.metrics.exists() else []
+        # The last line may be torn: the run died while it was written.
+        rows = [(json.loads(line)["step"], line) for line in lines if line.endswith("\n")]
+        # A run that began from another run's checkpoint has its first row at that checkpoint's next step.
+        if rows and rows[-1][0] < self.start_step:
+            raise CheckpointError(
+                f"{self.metrics} ends at step {rows[-1][0]}, before the checkpoint's step {self.start_step}: move it "
+                "away to go on without it"
+            )
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.config.write_text(config_yaml, encoding="utf-8")
-        kept = []
-        if self.metrics.exists():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines[: self.start_step] if line.endswith("\n")]
-        if len(kept) != (self.start_step if self.metrics.exists() else 0):
-            raise CheckpointError(
-                f"{self.metrics} has {len(kept)} steps, fewer than the checkpoint's {self.start_step}: move it away to "
-                "go on without it"
-            )
-        self.metrics.write_text("".join(kept), encoding="utf-8")
+        self.metrics.write_text("".join(line for step, line in rows if step <= self.start_step), encoding="utf-8")
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Write the object of one optimizer step."""

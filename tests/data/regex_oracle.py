@@ -8,7 +8,7 @@ Source: Brzozowski, Derivatives of Regular Expressions, 1964.
 
 import re
 import string
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 ALPHABET = ["\t", *map(chr, range(0x20, 0x7F)), "\u2603"]
@@ -104,7 +104,7 @@ def unite(parts: list[Any]) -> Any:
     return EMPTY if not flat else next(iter(flat)) if len(flat) == 1 else ("or", frozenset(flat))
 
 
-@lru_cache(maxsize=None)
+@cache
 def nullable(tree: Any, boundary: bool) -> bool:
     match tree[0]:
         case "set":

@@ -3,7 +3,6 @@
 import io
 import sys
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,8 +42,8 @@ def test_holds_exactly_the_rows(content: list[list[tuple[int, bool]]]) -> None:
     dataset = build(rows, max_seq_len=1000)
     assert len(dataset) == len(rows)
     assert dataset.lengths.tolist() == [len(line) for line in content]
-    assert (dataset.tokens.dtype, dataset.maskable.dtype) == (np.int32, np.bool_)
-    assert (dataset.offsets.dtype, dataset.lengths.dtype) == (np.int64, np.int64)
+    arrays = (dataset.tokens, dataset.maskable, dataset.offsets, dataset.lengths)
+    assert [array.dtype.name for array in arrays] == ["int32", "bool", "int64", "int64"]
     for index, (tokens, maskable, _) in enumerate(rows):
         for at in (index, index - len(rows)):
             assert dataset[at][0].tolist() == tokens
@@ -130,6 +129,7 @@ class Terminal(io.StringIO):
 def test_progress_bar_only_on_a_terminal_and_on_request(
     monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO], progress: bool, shown: bool
 ) -> None:
-    monkeypatch.setattr(sys, "stderr", stream())
+    stderr = stream()
+    monkeypatch.setattr(sys, "stderr", stderr)
     build([row("a", 3, 2)], progress=progress)
-    assert ("tokenizing train.jsonl" in sys.stderr.getvalue()) is shown  # type: ignore[attr-defined]
+    assert ("tokenizing train.jsonl" in stderr.getvalue()) is shown

@@ -21,7 +21,7 @@ HEADERS = {"system": "S", "user": "U", "assistant": "A"}
 
 
 class CharacterTokenizer:
-    """Every character is a token; chats are `^S...;_U...;_A...;_`, with a blank after each turn as some formats have."""
+    """A token per character; chats are `^S...;_U...;_A...;_`, with a blank after each turn as some formats have."""
 
     def __init__(self, *, has_bos: bool = True) -> None:
         self.bos_id = ord(BOS) if has_bos else None
@@ -69,7 +69,7 @@ PAIR = {"description": "a dog", "regex": "(a|dog)"}
 
 
 def build_nlrx(directory: Path, *rows: Mapping[str, Any], **options: Any) -> SequenceDataset:
-    defaults = {"max_seq_len": 200, "system_prompt": ""}
+    defaults: dict[str, Any] = {"max_seq_len": 200, "system_prompt": ""}
     tokenizer = options.pop("tokenizer", TOKENIZER)
     return nlrx(tokenizer, source=jsonl(directory, *(rows or (PAIR,))), **(defaults | options))
 

@@ -11,6 +11,7 @@ CORPUS = [
     "The quick brown fox doesn't jump over 12 lazy dogs; it's asleep.\n\nWhy? Because!\n",
     "def square(x):\n    return x ** 2\n\nprint(square(3))\r\n",
     "user assistant system helpful You are a helpful assistant.\n",
+    "<|a|> <|b|>",
     "1234 2024 12 12 in 2024; 12 and 34\n\n\n\n  1234",
     "Caf\u00e9 na\u00efve \u4f60\u597d\uff0c\u4e16\u754c \u043c\u0438\u0440",
 ] * 4

@@ -1,0 +1,109 @@
+"""The learning rate of every step, against its formula, and after a restart."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dllm_jepa.training import cosine_with_warmup, load_lr_scheduler
+
+PEAK = 0.4
+
+
+def optimizer(*, as_tensor: bool = False) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([nn.Parameter(torch.zeros(2))], lr=torch.tensor(PEAK) if as_tensor else PEAK)
+
+
+def rates(num_training_steps: int, count: int | None = None, **arguments: Any) -> list[float]:
+    """The rates that the steps of a run are made with."""
+    adam = optimizer()
+    scheduler = cosine_with_warmup(adam, num_training_steps=num_training_steps, **arguments)
+    used = []
+    for _ in range(count or num_training_steps):
+        used.append(float(adam.param_groups[0]["lr"]))
+        adam.step()
+        scheduler.step()
+    return used
+
+
+@pytest.mark.parametrize(("num_training_steps", "num_warmup_steps"), [(100, 10), (7, 3), (20, 0), (20, 1), (5, 4)])
+def test_every_rate(num_training_steps: int, num_warmup_steps: int) -> None:
+    expected = [PEAK * (step + 1) / num_warmup_steps for step in range(num_warmup_steps)]
+    left = num_training_steps - num_warmup_steps
+    expected += [PEAK * (1 + math.cos(math.pi * step / left)) / 2 for step in range(left)]
+    assert rates(num_training_steps, num_warmup_steps=num_warmup_steps) == pytest.approx(expected, rel=1e-9)
+
+
+def test_no_step_is_wasted_at_rate_zero() -> None:
+    for num_training_steps in range(1, 12):
+        for num_warmup_steps in range(12):
+            assert min(rates(num_training_steps, num_warmup_steps=num_warmup_steps)) > 0
+
+
+def test_a_run_shorter_than_its_warm_up() -> None:
+    assert rates(3, num_warmup_steps=10) == pytest.approx([0.04, 0.08, 0.12])
+
+
+def test_past_the_end_the_rate_stays_zero() -> None:
+    assert rates(6, count=12, num_warmup_steps=2)[6:] == pytest.approx([0.0] * 6, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("num_training_steps", "ratio", "warmup"),
+    [(1000, None, 30), (10, None, 1), (1, None, 1), (101, 0.5, 51), (8, 0.0, 0), (8, 1.0, 8)],
+)
+def test_warm_up_as_a_share_is_rounded_up(num_training_steps: int, ratio: float | None, warmup: int) -> None:
+    share = {} if ratio is None else {"warmup_ratio": ratio}
+    assert rates(num_training_steps, **share) == rates(num_training_steps, num_warmup_steps=warmup)
+
+
+def test_the_number_of_steps_comes_before_the_share() -> None:
+    assert rates(20, num_warmup_steps=4, warmup_ratio=0.9) == rates(20, num_warmup_steps=4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_training_steps": 0}, "num_training_steps must be at least 1 .* got 0 and None"),
+        ({"num_training_steps": 5, "num_warmup_steps": -1}, "num_warmup_steps at least 0, got 5 and -1"),
+        ({"num_training_steps": 5, "warmup_ratio": 1.5}, r"warmup_ratio must be in \[0, 1\], got 1.5"),
+        ({"num_training_steps": 5, "warmup_ratio": -0.5}, r"warmup_ratio must be in \[0, 1\], got -0.5"),
+    ],
+)
+def test_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cosine_with_warmup(optimizer(), **arguments)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("steps_done", [1, 2, 5, 9])
+def test_a_restored_schedule_goes_on(steps_done: int, as_tensor: bool) -> None:
+    """Through JSON; the very next step already has the right rate, in the type that the optimizer had."""
+    expected = rates(10, num_warmup_steps=3)
+    first = optimizer()
+    scheduler = cosine_with_warmup(first, num_training_steps=10, num_warmup_steps=3)
+    for _ in range(steps_done):
+        first.step()
+        scheduler.step()
+    state = json.loads(json.dumps(scheduler.state_dict()))
+
+    second = optimizer(as_tensor=as_tensor)
+    rate = second.param_groups[0]["lr"]
+    restored = cosine_with_warmup(second, num_training_steps=10, num_warmup_steps=3)
+    load_lr_scheduler(restored, second, state)
+    if as_tensor:
+        assert second.param_groups[0]["lr"] is rate
+    for step in range(steps_done, 10):
+        assert float(second.param_groups[0]["lr"]) == pytest.approx(expected[step], rel=1e-6)
+        second.step()
+        restored.step()
+
+
+def test_every_group_keeps_its_own_peak() -> None:
+    first, second = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    sgd = torch.optim.SGD([{"params": [first], "lr": 1.0}, {"params": [second], "lr": 0.1}])
+    cosine_with_warmup(sgd, num_training_steps=10, num_warmup_steps=4)
+    assert [group["lr"] for group in sgd.param_groups] == pytest.approx([0.25, 0.025])
