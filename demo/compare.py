@@ -75,9 +75,10 @@ def finish_run(run_dir: Path, num_items: int, overrides: Sequence[str]) -> None:
         )
     run_dir.mkdir(exist_ok=True)
     note.write_text(command + "\n", "utf-8")
-    if not (run_dir / "hf").exists():
+    is_trained = (run_dir / "hf").exists()
+    if not is_trained:
         train(arguments)
-    if not (run_dir / SCORES_NAME).exists() or read_scores(run_dir)["n"] != num_items:
+    if not is_trained or not (run_dir / SCORES_NAME).exists() or read_scores(run_dir)["n"] != num_items:
         score_run(run_dir, num_items=num_items, command=command)
     print(f"{run_dir}: exact match {read_scores(run_dir)['exact_match']:.1%}", flush=True)
 

@@ -90,9 +90,14 @@ class DLLMJEPAFullRecipe:
 
     def check_sizes(self) -> None:
         """Hold model, tokenizer, checkpoint and config against each other, on shapes alone."""
+        sizes, cfg = self.model.sizes, self.cfg
         if self.origin is not None:
             self.origin.check(self.model)
-        sizes, cfg = self.model.sizes, self.cfg
+            if (mask_id := self.origin.config.get("mask_token_id", self.tokenizer.mask_id)) != self.tokenizer.mask_id:
+                raise ConfigError(
+                    f"{cfg.checkpoint_dir}/config.json: mask_token_id is {mask_id}, the tokenizer's mask token has id "
+                    f"{self.tokenizer.mask_id}: use the tokenizer of this checkpoint"
+                )
         if self.tokenizer.vocab_size > sizes.vocab_size:
             raise ConfigError(
                 f"the tokenizer has ids up to {self.tokenizer.vocab_size - 1}, the model a vocab_size of only "
@@ -246,10 +251,15 @@ class DLLMJEPAFullRecipe:
         own = [(batch.num_sequences, len(batch.labels), batch.num_tokens, batch.context.numel()) for batch in micro_batches]
         return GlobalCounts(*self.ranks.sum(torch.tensor(own, device=self.ranks.device).sum(0)).tolist())
 
+    def aligns(self, step: int) -> bool:
+        """Whether the target branch runs on a step."""
+        cfg = self.cfg
+        return cfg.jepa_weight > 0 and is_jepa_step(step, jepa_every=cfg.jepa_every, jepa_ratio=cfg.jepa_ratio)
+
     def embed_targets(self, micro_batches: list[MicroBatch], step: int) -> list[Tensor] | None:
         """Target embeddings of every micro-batch; None on a step without the target branch."""
         cfg = self.cfg
-        if self.target_encoder is None or not is_jepa_step(step, jepa_every=cfg.jepa_every, jepa_ratio=cfg.jepa_ratio):
+        if self.target_encoder is None or not self.aligns(step):
             return None
         with self.autocast():
             targets = [
@@ -314,7 +324,7 @@ class DLLMJEPAFullRecipe:
         health, warning = self.monitor.measure()
         if warning is not None:
             self.log.say(f"warning: step {step + 1}: {warning}")
-        return health if self.target_encoder is None else health | {"target_cosine": 1 - losses["jepa_loss"]}
+        return health | {"target_cosine": 1 - losses["jepa_loss"]} if self.aligns(step) else health
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every tensor of the training state, live."""

@@ -49,7 +49,10 @@ def test_bucket_positions_undo_the_buckets(lengths: list[int]) -> None:
     spread = torch.cat([row[bucket.index].flatten() for bucket in packing.buckets])
     assert torch.equal(spread[packing.bucket_positions], row)
     real = torch.cat(
-        [torch.ones(b.index.numel(), dtype=torch.bool) if b.valid is None else b.valid.flatten() for b in packing.buckets]
+        [
+            torch.ones(b.index.numel(), dtype=torch.bool) if b.valid is None else b.valid.flatten()
+            for b in packing.buckets
+        ]
     )
     assert real[packing.bucket_positions].all()
 

@@ -99,7 +99,20 @@ def load_config(arguments: Sequence[str]) -> DictConfig:
                 raise
         except (ValueError, TypeError, AssertionError, OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"command line {' '.join(arguments)!r}: {error}") from error
-    return merged[0]
+    return _with_whole_values(merged[0])
+
+
+def _with_whole_values(cfg: DictConfig) -> DictConfig:
+    """Let `key=null` and `key={...}` replace a component.
+
+    For a key with a component, torchtune reads `key=value` as `key._component_=value`: right for the name of a builder,
+    not for these two.
+    """
+    for name in cfg:
+        node = None if OmegaConf.is_missing(cfg, name) or OmegaConf.is_interpolation(cfg, name) else cfg[name]
+        if isinstance(node, DictConfig) and "_component_" in node and not isinstance(node["_component_"], str):
+            cfg[name] = node["_component_"]
+    return cfg
 
 
 def _with_resolved_config(arguments: Sequence[str]) -> list[str]:

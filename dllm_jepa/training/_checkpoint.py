@@ -35,10 +35,10 @@ def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tens
         module: gives the names.
 
     Returns:
-        `{parameter name}.{state name}` to tensor. A fresh optimizer gets its (still meaningless) state first.
+        `{parameter name}.{state name}` to tensor. Parameters that the optimizer has not met yet, all of them or those
+        that got no gradient so far, are given the state of before their first step.
     """
-    if not optimizer.state:
-        _create_state(optimizer)
+    _create_missing_state(optimizer)
     return {
         f"{name}.{key}": value
         # state_dict knows the names without the wrappers of activation checkpointing.
@@ -147,14 +147,21 @@ def _quiet_in_one_process(ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def _create_state(optimizer: Optimizer) -> None:
-    # A step of rate zero on zero gradients is the one way that every optimizer offers to create its state.
+def _create_missing_state(optimizer: Optimizer) -> None:
+    # A step of rate zero on zero gradients is the one way that every optimizer offers to create its state. Other
+    # parameters have no gradient between steps and are passed over.
+    missing = [param for group in optimizer.param_groups for param in group["params"] if not optimizer.state.get(param)]
+    if not missing:
+        return
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
-        for param in group["params"]:
-            param.grad = torch.zeros_like(param)
+    for param in missing:
+        param.grad = torch.zeros_like(param)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    for param in missing:
+        if isinstance(count := optimizer.state[param].get("step"), Tensor):
+            count.zero_()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

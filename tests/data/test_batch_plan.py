@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -247,7 +248,7 @@ def test_a_step_does_not_depend_on_the_steps_before_it() -> None:
 )
 def test_what_cannot_be_planned(arguments: dict[str, int], message: str) -> None:
     lengths = np.array([5, 8, 2, 9, 30, 12, 31, 4, 4, 4])
-    fitting = {"global_batch_size": 4, "tokens_per_device": 31, "num_ranks": 2, "seed": 0}
+    fitting: dict[str, Any] = {"global_batch_size": 4, "tokens_per_device": 31, "num_ranks": 2, "seed": 0}
     BatchPlan(lengths, **fitting)
     with pytest.raises(ConfigError, match=message):
         BatchPlan(lengths, **(fitting | arguments))

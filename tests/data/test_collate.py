@@ -221,7 +221,7 @@ def test_views_change_with_epoch_and_seed() -> None:
     """Every sequence of two steps to an epoch; its masks differ from those of the next epoch and the next seed."""
 
     def by_sample(batches: TrainingBatches, epoch: int) -> dict[int, tuple[list[int], list[int]]]:
-        found = {}
+        found: dict[int, tuple[list[int], list[int]]] = {}
         for step in (2 * epoch, 2 * epoch + 1):
             assert batches.epoch(step) == epoch
             views = views_in_batch_order([batches], step)

@@ -64,6 +64,8 @@ def test_truncation_cuts_the_end_and_is_counted() -> None:
     assert dataset.lengths.tolist() == [8, 8, 8]
     assert dataset[1][0].tolist() == list(range(10, 18))
     assert dataset[1][1].tolist() == [position == 3 for position in range(8)]
+    assert dataset[2][0].tolist() == list(range(10, 18))
+    assert len(dataset.tokens) == len(dataset.maskable) == dataset.offsets[-1] == 24
     assert dataset.num_truncated == 2
 
 

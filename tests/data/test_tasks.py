@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dllm_jepa.data._chat import chat
 from dllm_jepa.data._sequences import SequenceDataset
 from dllm_jepa.data._tasks import TASKS, django, gsm8k, nlrx, spider
-from dllm_jepa.data._templates import format_example, format_prompt
+from dllm_jepa.data._templates import close_response, format_example, format_prompt
 from dllm_jepa.data._text import split_chunks, text
 from dllm_jepa.errors import DataError
 
@@ -168,10 +168,10 @@ def test_end_of_text_tokens(tmp_path: Path, options: dict[str, int], ending: str
     assert dataset.num_truncated == 0
 
 
-def test_canvas_counts_the_whole_response_where_nothing_stands_before_it(tmp_path: Path) -> None:
-    row = {"description": "", "regex": "ab"}
-    dataset = build_nlrx(tmp_path, row, tokenizer=BARE_TOKENIZER, template="plain", canvas_tokens=5)
-    assert shown(dataset) == ("\nab$$$", ".ab$$$")
+def test_canvas_without_a_prompt() -> None:
+    tokens, maskable = close_response(TOKENIZER, [7, 8], [True, True], eos_fill=0, canvas_tokens=5, max_seq_len=100)
+    assert tokens == [7, 8] + [TOKENIZER.eos_id] * 3
+    assert maskable == [True] * 5
 
 
 def test_truncated_response_has_no_end_of_text_token(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def model_and_inputs() -> tuple[nn.Sequential, Tensor]:
 def move(model: nn.Module) -> None:
     with torch.no_grad():
         for param in model.parameters():
-            param += torch.randn_like(param)
+            param.add_(torch.randn_like(param))
 
 
 @pytest.mark.parametrize("weight", [1e-4, 0.3])
@@ -57,7 +57,7 @@ def test_bf16_gradients_keep_their_type() -> None:
     model(inputs.bfloat16()).sum().backward()
     with torch.no_grad():
         for param in model.parameters():
-            param += 1
+            param.add_(1)
     penalty = anchor.add_gradient()
     assert all(param.grad is not None and param.grad.dtype == torch.bfloat16 for param in model.parameters())
     num_weights = sum(param.numel() for param in model.parameters())

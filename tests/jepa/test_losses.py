@@ -201,7 +201,7 @@ def test_reported_losses(batch: Batch) -> None:
 
 
 def test_bands_are_means_over_their_sequences(batch: Batch) -> None:
-    """Whatever the loss weight. Ratios .05 and .2, .25 and .4, .6, none, .99 and 1: an upper end belongs to its band."""
+    """Whatever the loss weight. Ratios .05 and .2; .25 and .4; .6; none; .99 and 1: an upper end is of its band."""
     members = {"0.0_0.2": [0, 4], "0.2_0.4": [1, 2], "0.4_0.6": [5], "0.8_1.0": [3, 6]}
     for loss_weight in LOSS_WEIGHTS:
         _, _, _, sums = step(batch, [[6, 0, 2], [1, 5], [3, 4]], loss_weight)
@@ -232,7 +232,9 @@ def test_every_ratio_has_its_band(low: float) -> None:
             **fields,
         )
         bands = StepSums.read(sums.values, jepa_weight=0.0, penalty=0.0)
-        assert [name for name in bands if name.startswith("diffusion_loss_")] == [f"diffusion_loss_{low:.1f}_{low + 0.2:.1f}"]
+        assert [name for name in bands if name.startswith("diffusion_loss_")] == [
+            f"diffusion_loss_{low:.1f}_{low + 0.2:.1f}"
+        ]
         assert bands[f"diffusion_loss_{low:.1f}_{low + 0.2:.1f}"] == 3
 
 

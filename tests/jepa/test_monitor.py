@@ -94,7 +94,9 @@ def build(*, monitor_every: int, global_batch_size: int, max_rows: int = MONITOR
 @pytest.mark.parametrize("monitor_every", [1, 2, 3, 10])
 @pytest.mark.parametrize("global_batch_size", [1, 3, 4, 8, 20])
 @pytest.mark.parametrize("max_rows", [8, 9])
-def test_measures_the_last_rows_of_the_stream_in_order(monitor_every: int, global_batch_size: int, max_rows: int) -> None:
+def test_measures_the_last_rows_of_the_stream_in_order(
+    monitor_every: int, global_batch_size: int, max_rows: int
+) -> None:
     """And collects no step of which nothing is left when it measures."""
     monitor = build(monitor_every=monitor_every, global_batch_size=global_batch_size, max_rows=max_rows)
     stream = torch.randn(0, 4)

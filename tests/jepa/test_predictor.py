@@ -107,7 +107,11 @@ def test_the_number_of_layers_is_checked(num_layers: int) -> None:
 
 @pytest.mark.parametrize(
     "predictor",
-    [transformer_predictor(EMBED_DIM, MLP_DIM, num_layers=2), mlp_predictor(EMBED_DIM, MLP_DIM), identity_predictor(8, 12)],
+    [
+        transformer_predictor(EMBED_DIM, MLP_DIM, num_layers=2),
+        mlp_predictor(EMBED_DIM, MLP_DIM),
+        identity_predictor(8, 12),
+    ],
     ids=["transformer", "mlp", "identity"],
 )
 def test_sequences_do_not_see_each_other(predictor: Predictor, pooled: Tensor) -> None:

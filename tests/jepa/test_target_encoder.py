@@ -41,7 +41,7 @@ def test_after_n_updates_it_equals_its_closed_form(ema_decay: float) -> None:
     for _ in range(steps):
         with torch.no_grad():
             for param in online.parameters():
-                param += 0.1 * torch.randn(param.shape, generator=generator)
+                param.add_(torch.randn(param.shape, generator=generator), alpha=0.1)
         encoder.update(online)
         trajectory.append(weights(online))
     for position, average in enumerate(encoder.backbone.parameters()):
@@ -75,7 +75,7 @@ def test_an_update_leaves_the_online_weights_alone() -> None:
 
 @pytest.mark.parametrize("online_dtype", [torch.float32, torch.bfloat16])
 def test_small_updates_are_not_lost(online_dtype: torch.dtype) -> None:
-    """Weights near 0.02, online weights 1 % away: an update of 0.4 % of that moves every average; in bf16 none would."""
+    """Weights near 0.02, the online ones 1 % away: 0.4 % of that moves all averages; in bf16 it would none."""
     encoder = EMATargetEncoder(TinyBackbone(), ema_decay=0.996)
     online = TinyBackbone().to(online_dtype)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_small_updates_are_not_lost(online_dtype: torch.dtype) -> None:
             param.fill_(0.0202)
     start = torch.tensor(0.02)
     encoder.update(online)
-    step = 0.004 * (float(next(online.parameters()).flatten()[0]) - float(start))
+    step = 0.004 * (next(online.parameters()).flatten()[0].item() - start.item())
     for average in encoder.backbone.parameters():
         moved = average - start
         torch.testing.assert_close(moved, torch.full_like(moved, step), atol=2e-9, rtol=0)

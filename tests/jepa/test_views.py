@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -67,7 +68,8 @@ def test_another_process_draws_the_same() -> None:
         "sampler = runpy.run_path(sys.argv[1])['uniform_ratio_views']()\n"
         "for index in (9, 2, 5):\n"
         "    views = sampler(np.arange(64), np.ones(64, bool), mask_id=999, seed=11, epoch=3, index=index)\n"
-        "    print(views.context.masked.tobytes().hex(), views.target.masked.tobytes().hex(), repr(views.target.mask_ratio))\n"
+        "    context, target = views.context, views.target\n"
+        "    print(context.masked.tobytes().hex(), target.masked.tobytes().hex(), repr(target.mask_ratio))\n"
     )
     path = Path(dllm_jepa.jepa.__file__).with_name("_views.py")
     done = subprocess.run(
@@ -78,13 +80,15 @@ def test_another_process_draws_the_same() -> None:
         check=True,
     )
     here = [draw(uniform_ratio_views(), seed=11, epoch=3, index=index) for index in (9, 2, 5)]
-    expected = [f"{v.context.masked.tobytes().hex()} {v.target.masked.tobytes().hex()} {v.target.mask_ratio!r}" for v in here]
+    expected = [
+        f"{v.context.masked.tobytes().hex()} {v.target.masked.tobytes().hex()} {v.target.mask_ratio!r}" for v in here
+    ]
     assert done.stdout.split("\n")[:-1] == expected
 
 
 @pytest.mark.parametrize("sampler", [fixed_ratio_views(), uniform_ratio_views()], ids=["fixed", "uniform"])
 def test_seed_epoch_and_index_each_change_the_draw(sampler: ViewSampler) -> None:
-    """All draws of a grid differ, in both views: (1, 2) is not (2, 1) either. A low ratio can give the same mask twice."""
+    """All draws of a grid differ, in both views: (1, 2) is not (2, 1) either. Low ratios may mask alike."""
     grid = [draw(sampler, seed=s, epoch=e, index=i) for s, e, i in itertools.product(range(5), repeat=3)]
     grid += [draw(sampler, seed=2**63), draw(sampler, index=2**40), draw(sampler, epoch=2**40)]
     for view in ("context", "target"):
@@ -182,9 +186,7 @@ def test_every_view_masks_one_token_and_leaves_one(
     exact_count: bool, nested: bool, ratios: tuple[float, float]
 ) -> None:
     """Every length from 2 to 6 and every set of maskable positions; nothing else is ever touched."""
-    sampler = fixed_ratio_views(
-        context_ratio=ratios[0], target_ratio=ratios[1], exact_count=exact_count, nested=nested
-    )
+    sampler = fixed_ratio_views(context_ratio=ratios[0], target_ratio=ratios[1], exact_count=exact_count, nested=nested)
     for length in range(2, 7):
         tokens = np.arange(length, dtype=np.int64)
         for bits in range(1, 2**length):
@@ -301,7 +303,7 @@ def test_ranges_may_be_yaml_lists() -> None:
         ({"context_ratio": 0.8, "target_ratio": 0.3}, r"context_ratio \(0.8\) must be below target_ratio \(0.3\)"),
     ],
 )
-def test_fixed_ratios_are_checked(arguments: dict[str, float], message: str) -> None:
+def test_fixed_ratios_are_checked(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fixed_ratio_views(**arguments)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiktoken
 import tokenizers
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, pre_tokenizers
 
@@ -44,6 +44,8 @@ OLD_TEXT = st.text(
     ),
     max_size=40,
 )
+# A busy machine must not fail a test.
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 Conversation = list[dict[str, str]]
 
 
@@ -93,6 +95,7 @@ def dream_template(messages: Conversation, add_generation_prompt: bool) -> str:
     return written + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
 
+@UNHURRIED
 @given(messages=conversations(ORDINARY_TEXT), add_generation_prompt=st.booleans())
 def test_llada_chat_is_the_written_out_template(
     llada: LLaDATokenizer, llada_dir: Path, messages: Conversation, add_generation_prompt: bool
@@ -103,6 +106,7 @@ def test_llada_chat_is_the_written_out_template(
     assert len(response) == len(ids)
 
 
+@UNHURRIED
 @given(messages=conversations(ORDINARY_TEXT), add_generation_prompt=st.booleans())
 def test_dream_chat_is_the_written_out_template(
     dream: DreamTokenizer, saved_dream: Path, messages: Conversation, add_generation_prompt: bool
@@ -122,6 +126,7 @@ def saved_dream(dream: DreamTokenizer, tmp_path_factory: pytest.TempPathFactory)
     return directory
 
 
+@UNHURRIED
 @given(messages=conversations(TEXT))
 def test_prompt_is_a_prefix_of_the_conversation_with_the_answer(family: Tokenizer, messages: Conversation) -> None:
     messages = [{"role": "user", "content": "Hi"}, *messages]
@@ -135,6 +140,7 @@ def test_prompt_is_a_prefix_of_the_conversation_with_the_answer(family: Tokenize
             assert family.encode_chat(messages)[0][: len(longer)] == longer
 
 
+@UNHURRIED
 @given(messages=conversations(TEXT))
 def test_response_is_the_assistant_content_and_its_end_of_turn(family: Tokenizer, messages: Conversation) -> None:
     ids, response = family.encode_chat(messages, add_generation_prompt=True)
@@ -149,6 +155,7 @@ def test_response_is_the_assistant_content_and_its_end_of_turn(family: Tokenizer
     assert kept == expected
 
 
+@UNHURRIED
 @given(before=TEXT, after=TEXT)
 def test_special_text_in_content_stays_text(family: Tokenizer, before: str, after: str) -> None:
     special = [name for name in LLADA_ADDED + DREAM_ADDED if name != "<tool_call>"]
@@ -211,11 +218,13 @@ def test_llada_chat_needs_a_bos_token(tmp_path: Path) -> None:
 # --- text ---
 
 
+@UNHURRIED
 @given(text=TEXT)
 def test_llada_round_trip(llada: LLaDATokenizer, text: str) -> None:
     assert llada.decode(llada.encode(text)) == text
 
 
+@UNHURRIED
 @given(text=TEXT)
 @example(text="e\u0301")
 def test_dream_round_trip_normalises(dream: DreamTokenizer, text: str) -> None:
@@ -240,6 +249,7 @@ def byte_ranks(dream_dir: Path) -> tiktoken.Encoding:
     return tiktoken.Encoding("reference", pat_str=CUTS, mergeable_ranks=ranks, special_tokens={})
 
 
+@UNHURRIED
 @given(text=OLD_TEXT)
 @example(text="It's  I'LL don't\r\n\n 123 caf\u00e9!!\n\n x")
 def test_dream_encodes_as_another_implementation(
@@ -248,6 +258,7 @@ def test_dream_encodes_as_another_implementation(
     assert dream.encode(text) == byte_ranks.encode(unicodedata.normalize("NFC", text))
 
 
+@UNHURRIED
 @given(text=TEXT)
 def test_saved_tokenizer_is_equal(dream: DreamTokenizer, saved_dream: Path, text: str) -> None:
     saved = dream_tokenizer(str(saved_dream))

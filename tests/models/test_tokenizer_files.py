@@ -134,6 +134,15 @@ def test_tokens_that_only_the_config_lists_are_added(tmp_path: Path, llada: LLaD
     assert llada_tokenizer(str(directory)).mask_id == llada.mask_id
 
 
+def test_the_config_says_which_tokens_are_special(tmp_path: Path) -> None:
+    directory = write_llada(tmp_path)
+    content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    content["added_tokens"] = [token | {"special": False} for token in content["added_tokens"]]
+    write_json(directory / "tokenizer.json", content)
+    tokenizer = llada_tokenizer(str(directory))
+    assert tokenizer.encode("<role>") == trained_backend().encode("<role>").ids
+
+
 def refuse(build: Callable[[str], Tokenizer], directory: Path, *words: str) -> None:
     with pytest.raises(CheckpointError) as error:
         build(str(directory))

@@ -56,7 +56,7 @@ def test_past_the_end_the_rate_stays_zero() -> None:
     [(1000, None, 30), (10, None, 1), (1, None, 1), (101, 0.5, 51), (8, 0.0, 0), (8, 1.0, 8)],
 )
 def test_warm_up_as_a_share_is_rounded_up(num_training_steps: int, ratio: float | None, warmup: int) -> None:
-    share = {} if ratio is None else {"warmup_ratio": ratio}
+    share: dict[str, Any] = {} if ratio is None else {"warmup_ratio": ratio}
     assert rates(num_training_steps, **share) == rates(num_training_steps, num_warmup_steps=warmup)
 
 

@@ -1,0 +1,243 @@
+"""One step of the recipe, in this process: against plain loops in double precision, and what it must never hold."""
+
+import importlib.util
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchtune.config import instantiate
+
+from dllm_jepa.config import TRAINING, find_recipes, load_config, with_defaults
+from dllm_jepa.jepa import LossWeight, shuffled_partners
+from tests.numerics.plain_loops import Parts, Sequence, assert_gradients_close, losses_by_hand, use_double_precision
+
+JEPA_WEIGHT = 0.5
+FAMILIES = ["llada", "dream"]
+SMALL: dict[str, Any] = {
+    "model.vocab_size": 2000,
+    "model.embed_dim": 16,
+    "model.num_layers": 2,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 1,
+    "model.mlp_dim": 24,
+    "model.rope_base": 100.0,
+    "global_batch_size": 6,
+    "tokens_per_device": 128,
+    "max_steps": 1,
+    "export": "false",
+    "monitor_every": 0,
+}
+DATASET = {"_component_": "dllm_jepa.data.regex_pairs", "num_pairs": 24, "eos_fill": 6}
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_double_precision(monkeypatch)
+
+
+def build_recipe(output_dir: Path, cfg_parts: dict[str, Any] | None = None, **overrides: Any) -> Any:
+    """The full recipe after setup, in one process.
+
+    Args:
+        output_dir: of the run.
+        cfg_parts: whole sections to replace.
+        **overrides: config keys; `__` stands for a dot.
+    """
+    settings = SMALL | {"output_dir": output_dir} | {key.replace("__", "."): value for key, value in overrides.items()}
+    cfg: DictConfig = load_config(["--config", "tiny", *(f"{key}={value}" for key, value in settings.items())])
+    for key, section in ({"dataset": DATASET} | (cfg_parts or {})).items():
+        cfg[key] = section
+    path = find_recipes()["dllm_jepa_full"]
+    spec = importlib.util.spec_from_file_location("recipe_under_test", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    recipe = module.DLLMJEPAFullRecipe(with_defaults(cfg, TRAINING))
+    recipe.setup()
+    return recipe
+
+
+def sequences_of_step(recipe: Any, step: int) -> list[Sequence]:
+    """The sequences of the global batch in batch order, drawn here and not by the recipe."""
+    cfg = recipe.cfg
+    dataset = instantiate(
+        cfg.dataset,
+        recipe.tokenizer,
+        max_seq_len=cfg.max_seq_len,
+        shift_logits=recipe.model.shift_logits,
+        progress=False,
+    )
+    sampler, drawn = instantiate(cfg.view_sampler), []
+    for index in recipe.batches.samples(step):
+        tokens, maskable = dataset[index]
+        clean = tokens.astype(np.int64)
+        views = sampler(clean, maskable, mask_id=recipe.tokenizer.mask_id, seed=cfg.seed, epoch=0, index=index)
+        drawn.append((clean, maskable, views))
+    return drawn
+
+
+def snapshot(params: Iterator[nn.Parameter] | list[nn.Parameter]) -> list[Tensor]:
+    return [param.detach().clone() for param in params]
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize(
+    ("family", "packed", "loss_weight", "shuffle_targets", "layer_norm"),
+    [
+        ("llada", True, "mean", False, True),
+        ("llada", False, "inverse_ratio", False, True),
+        ("dream", True, "inverse_ratio", True, False),
+        ("dream", False, "mean", True, True),
+    ],
+)
+def test_a_step_of_the_recipe_moves_every_weight_as_the_loops_say(
+    tmp_path: Path, family: str, packed: bool, loss_weight: LossWeight, shuffle_targets: bool, layer_norm: bool
+) -> None:
+    """Plain gradient descent at rate 1 in double precision: the move is the gradient. Then the average has moved."""
+    recipe = build_recipe(
+        tmp_path,
+        {
+            "optimizer": {"_component_": "torch.optim.SGD", "lr": 1.0},
+            "lr_scheduler": None,
+            "clip_grad_norm": None,
+            "view_sampler": {
+                "_component_": "dllm_jepa.jepa.fixed_ratio_views",
+                "context_ratio": 0.25,
+                "target_ratio": 0.75,
+            },
+        },
+        model___component_=f"dllm_jepa.models.{family}.{family}",
+        packed=packed,
+        loss_weight=loss_weight,
+        shuffle_targets=shuffle_targets,
+        pooled_layer_norm=layer_norm,
+        jepa_weight=JEPA_WEIGHT,
+        target_encoder__ema_decay=0.75,
+    )
+    parts = Parts(recipe.model, recipe.trained["predictor"], recipe.target_encoder)
+    for module in (parts.model, parts.predictor, parts.target_encoder.backbone):
+        module.double()
+    parts.randomize()
+    averages = list(parts.target_encoder.backbone.parameters())
+    start, average_start = snapshot(list(parts.trained().values())), snapshot(averages)
+
+    partners = shuffled_partners(6, seed=recipe.cfg.seed, step=0).tolist() if shuffle_targets else None
+    sequences = sequences_of_step(recipe, 0)
+    diffusion, alignment = losses_by_hand(
+        parts, sequences, loss_weight=loss_weight, layer_norm=layer_norm, partners=partners
+    )
+    (diffusion + JEPA_WEIGHT * alignment).backward()
+    expected = parts.take_gradients()
+
+    recipe.train()
+    (row,) = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert row["micro_batches"] > 1
+    assert row["diffusion_loss"] == pytest.approx(diffusion.item(), rel=1e-6)
+    assert row["jepa_loss"] == pytest.approx(alignment.item(), rel=1e-6)
+    assert row["loss"] == pytest.approx((diffusion + JEPA_WEIGHT * alignment).item(), rel=1e-6)
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.values()))
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-9)
+    assert row["masked_tokens"] == sum(int(views.context.masked.sum()) for _, _, views in sequences)
+    assert row["tokens"] == sum(len(tokens) for tokens, _, _ in sequences)
+
+    moved = {
+        name: before - param.detach() for before, (name, param) in zip(start, parts.trained().items(), strict=True)
+    }
+    assert_gradients_close(moved, expected, 1e-9)
+    for before, average, online in zip(average_start, averages, parts.model.backbone.parameters(), strict=True):
+        torch.testing.assert_close(average, 0.75 * before + 0.25 * online, rtol=1e-12, atol=1e-12)
+        assert average.grad is None
+    recipe.cleanup()
+
+
+def test_the_average_follows_the_weights_after_each_update(tmp_path: Path) -> None:
+    """The closed form over the weights that every optimizer step left behind, beginning at the initial ones."""
+    ema_decay, num_steps = 0.6, 4
+    recipe = build_recipe(tmp_path, max_steps=num_steps, target_encoder__ema_decay=ema_decay)
+    online = list(recipe.model.backbone.parameters())
+    path = [snapshot(online)]
+    recipe.optimizer.register_step_post_hook(lambda *_: path.append(snapshot(online)))
+    recipe.train()
+    assert len(path) == num_steps + 1
+    for position, average in enumerate(recipe.target_encoder.backbone.parameters()):
+        expected = ema_decay**num_steps * path[0][position].double()
+        for k in range(1, num_steps + 1):
+            expected = expected + (1 - ema_decay) * ema_decay ** (num_steps - k) * path[k][position].double()
+        torch.testing.assert_close(average.double(), expected, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(path[0][position], path[-1][position])
+    recipe.cleanup()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest result of any operation, and which operations there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel, self.name, self.names = 0, "", set[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.names.add(str(func))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.numel() > self.numel:
+                self.numel, self.name = leaf.numel(), f"{func} {tuple(leaf.shape)}"
+        return result
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_step_never_holds_logits_of_every_token(tmp_path: Path, family: str, packed: bool) -> None:
+    """No result of any operation, the backward's and the optimizer's included, has B * T * V numbers."""
+    vocab_size: int = SMALL["model.vocab_size"]
+    recipe = build_recipe(
+        tmp_path,
+        {"view_sampler": {"_component_": "dllm_jepa.jepa.fixed_ratio_views"}},
+        model___component_=f"dllm_jepa.models.{family}.{family}",
+        packed=packed,
+        max_steps=2,
+        monitor_every=1,
+    )
+    batches = [batch for step in range(2) for batch in recipe.batches.step(step)]
+    limit = min(batch.context.numel() for batch in batches) * vocab_size
+    with LargestTensor() as step:
+        recipe.train()
+    assert {"aten.embedding_dense_backward.default", "aten._foreach_lerp_.Scalar"} <= step.names
+    assert any("_log_softmax_backward" in name for name in step.names)
+    assert step.numel < limit, step.name
+
+    # The guard can fail: the logits of every token are seen.
+    with LargestTensor() as full:
+        recipe.model.token_logits(batches[0].context)
+    assert full.numel >= limit
+    recipe.cleanup()
+
+
+def test_steps_without_the_target_branch(tmp_path: Path) -> None:
+    """No alignment is reported that was not measured, and the target encoder goes on following."""
+    recipe = build_recipe(tmp_path, max_steps=4, monitor_every=1, jepa_every=2)
+    averages = list(recipe.target_encoder.backbone.parameters())
+    moves: list[bool] = []
+    before = snapshot(averages)
+    for step in range(4):
+        recipe.run.start_step, recipe.log._num_steps = step, step + 1
+        recipe.train()
+        moves.append(not torch.equal(before[0], averages[0]))
+        before = snapshot(averages)
+    assert moves == [True] * 4
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for row, aligned in zip(rows, (True, False, True, False), strict=True):
+        assert (row["jepa_loss"] > 0) == aligned == ("target_cosine" in row)
+        assert row["loss"] == pytest.approx(row["diffusion_loss"] + row["jepa_loss"], rel=1e-6)
+        assert "effective_rank" in row
+        if aligned:
+            assert row["target_cosine"] == pytest.approx(1 - row["jepa_loss"])
+    recipe.cleanup()

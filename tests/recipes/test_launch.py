@@ -1,0 +1,57 @@
+"""Launching as a user does: stock `tune run` from any directory, on one process and two, and with an edited copy."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launching import SMALL, metrics
+
+BIN = Path(sys.executable).parent
+
+
+def command(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    words = (str(BIN / words[0]), *words[1:])
+    return subprocess.run(words, cwd=directory, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_tune_run_on_two_ranks_writes_one_run(tmp_path: Path) -> None:
+    done = command(
+        tmp_path, "tune", "run", "--nproc_per_node", "2", "dllm_jepa_full", *SMALL, "max_steps=2", "export=true"
+    )
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs/tiny"
+    assert [row["step"] for row in metrics(run)] == [1, 2]
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.yaml", "hf", "metrics.jsonl"]
+    assert {"config.json", "model.safetensors.index.json", "tokenizer.json"} <= {p.name for p in (run / "hf").iterdir()}
+
+
+def test_copy_and_edit_a_recipe(tmp_path: Path) -> None:
+    assert command(tmp_path, "dllm-jepa", "cp", "dllm_jepa_full", "my_recipe.py").returncode == 0
+    assert command(tmp_path, "dllm-jepa", "cp", "tiny", "my.yaml").returncode == 0
+    recipe = tmp_path / "my_recipe.py"
+    loop = "loss = diffusion_loss + cfg.jepa_weight * alignment_loss"
+    assert loop in recipe.read_text()
+    recipe.write_text(recipe.read_text().replace(loop, "loss = diffusion_loss + 0 * alignment_loss"))
+    overrides = [*SMALL[2:], "max_steps=2"]
+    done = command(tmp_path, "tune", "run", "my_recipe.py", "--config", "my.yaml", *overrides, "output_dir=edited")
+    assert done.returncode == 0, done.stderr
+    done = command(tmp_path, "dllm-jepa", "run", "dllm_jepa_full", "--config=my.yaml", *overrides, "output_dir=stock")
+    assert done.returncode == 0, done.stderr
+    edited, stock = metrics(tmp_path / "edited"), metrics(tmp_path / "stock")
+    assert edited[0]["diffusion_loss"] == stock[0]["diffusion_loss"]
+    assert edited[0]["grad_norm"] != stock[0]["grad_norm"]
+
+
+@pytest.mark.parametrize("launcher", [(), ("--nproc_per_node", "2")], ids=["one process", "two ranks"])
+def test_a_bad_config_is_one_message_and_an_exit_code(tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    done = command(tmp_path, "tune", "run", *launcher, "dllm_jepa_full", "--config", "tiny", "jepa_wieght=1", "seed=-1")
+    assert done.returncode == 1
+    assert done.stderr.count("error:") == 1
+    assert "jepa_wieght" in done.stderr
+    assert "jepa_weight" in done.stderr
+    assert "seed" in done.stderr
+    assert not list(tmp_path.iterdir())

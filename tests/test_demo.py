@@ -1,0 +1,453 @@
+"""The demo's scripts: the numbers that a report shows are those of the run's files, and no folder is lost."""
+
+import base64
+import html
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from dllm_jepa.data import generate_regex_pairs
+from dllm_jepa.errors import LaunchError
+from dllm_jepa.generation import BlockDecoding
+from dllm_jepa.models import load_hf
+from dllm_jepa.models.tiny import tiny_tokenizer
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY / "demo"))  # as `python demo/run.py` does
+
+import compare  # noqa: E402
+import figures  # noqa: E402
+import launch  # noqa: E402
+import report  # noqa: E402
+import scoring  # noqa: E402
+
+NUM_STEPS = 60
+
+
+def metrics_rows() -> list[dict[str, Any]]:
+    """Rows as a run writes them, with numbers that are all different."""
+    rows = []
+    for step in range(1, NUM_STEPS + 1):
+        row = {
+            "step": step,
+            "epoch": 0,
+            "loss": 7.0 - step / 10,
+            "diffusion_loss": 6.0 - step / 10,
+            "jepa_loss": 1.0 / step,
+            "grad_norm": 1.0 + 1.0 / step,
+            "lr": 1e-3 * step,
+            "tokens": 1000 + step,
+            "masked_tokens": 500,
+            "sequences": 64,
+            "tokens_per_second": 2000.0 + step,
+            "step_seconds": 0.5,
+        }
+        # The lowest band has sequences on every other step only.
+        row |= {key: band + step / 100 for band, key in enumerate(figures.BANDS) if band or step % 2}
+        if step % 20 == 0:
+            row |= {"effective_rank": 30.0 + step, "cosine_diversity": 0.5, "target_cosine": 0.9, "monitor_rows": 192}
+        rows.append(row)
+    return rows
+
+
+def write_run(run_dir: Path, **changes: Any) -> dict[str, Any]:
+    """A scored run, made of nothing; returns what its scores.json holds."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics_rows()))
+    (run_dir / "config.yaml").write_text("seed: 4711\nnote: a < b & c\n")
+    canvases = [[None, None, "", None], [None, "dog", "", None], [".*", "dog", "", None], [".*", "dog", "", ""]]
+    examples = [
+        {"description": "lines with <dog>", "regex": ".*dog", "answer": ".*dog", "correct": True, "canvases": canvases}
+    ]
+    (run_dir / scoring.EXAMPLES_NAME).write_text(json.dumps(examples))
+    generations = [
+        {"description": f"item {number}", "regex": f"x{number}&y", "answer": f"z{number}&y", "correct": number % 3 == 0}
+        for number in range(40)
+    ]
+    (run_dir / scoring.GENERATIONS_NAME).write_text("".join(json.dumps(row) + "\n" for row in generations))
+    scores = {
+        "n": 40,
+        "exact_match": 0.35,
+        "exact_match_interval": [0.2213, 0.5049],
+        "untrained": 0.025,
+        "untrained_interval": [0.0044, 0.1288],
+        "constant": 0.075,
+        "constant_interval": [0.0258, 0.1986],
+        "constant_answer": "(a&b)",
+        "train_seconds": 234.0,
+        "train_steps": NUM_STEPS,
+        "train_tokens": 61830,
+        "train_pairs": 12345,
+        "parameters": 987654,
+        "generation_seconds": 17.0,
+        "generation": {"gen_length": 4, "block_length": 4, "steps": 4, "temperature": 0.0},
+        "heldout_seed": 1,
+        "started_from": None,
+        "cpus": 2,
+        "threads": 2,
+        "torch": "2.0",
+        "command": "tune run dllm_jepa_full --config tiny key=1&2",
+    } | changes
+    (run_dir / scoring.SCORES_NAME).write_text(json.dumps(scores))
+    return scores
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """Text of the cells of every table row."""
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", page, re.S)
+    cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.S) for row in rows]
+    return [[html.unescape(re.sub("<[^>]*>", "", cell)).strip() for cell in row] for row in cells]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    run_dir = tmp_path_factory.mktemp("run")
+    write_run(run_dir)
+    return run_dir, report.write_report(run_dir).read_text()
+
+
+def test_the_report_shows_the_scores_of_the_files(page: tuple[Path, str]) -> None:
+    _, text = page
+    rows = rows_of(text)
+    assert ["the trained model", "35.0 %", "22.1 % to 50.5 %", "40"] in rows
+    assert ["the untrained model", "2.5 %", "0.4 % to 12.9 %", "40"] in rows
+    assert ["the best constant answer, (a&b)", "7.5 %", "2.6 % to 19.9 %", "40"] in rows
+    words = " ".join(html.unescape(re.sub("<[^>]*>", " ", text)).split())
+    for shown in (
+        "with 987,654 parameters",
+        "12,345 generated pairs",
+        "60 steps in 3 min 54 s on 2 CPU threads",
+        "For 14 of 40 held-out descriptions",
+        "tune run dllm_jepa_full --config tiny key=1&2",
+        "note: a < b & c",
+        "61,830 tokens trained on; 40 answers generated in 17 s",
+        "of the last 192 pooled embeddings",
+    ):
+        assert shown in words
+
+
+def test_a_report_on_fine_tuning_names_its_start(tmp_path: Path) -> None:
+    write_run(tmp_path, started_from="runs/demo/hf", untrained=0.5)
+    text = report.write_report(tmp_path).read_text()
+    assert "from <code>runs/demo/hf</code>" in text
+    assert ["the model before this training", "50.0 %", "0.4 % to 12.9 %", "40"] in rows_of(text)
+
+
+def test_the_report_shows_wrong_answers_and_counts_them(page: tuple[Path, str]) -> None:
+    rows = rows_of(page[1])
+    wrong = [number for number in range(40) if number % 3]
+    assert [row for row in rows if row[0].startswith("item")] == [
+        [f"item {number}", f"x{number}&y", f"z{number}&y"] for number in wrong[: report.NUM_MISTAKES]
+    ]
+    assert "The first 10 of 26" in page[1]
+
+
+def test_the_steps_of_an_example(page: tuple[Path, str]) -> None:
+    _, text = page
+    table = text[text.index('class="canvas">') :]
+    table = table[: table.index("</table>")]
+    assert rows_of(table) == [
+        ["0", "\u00b7", "\u00b7", "\u00b7"],
+        ["1", "\u00b7", "\u00b7", "end"],
+        ["2", "\u00b7", "dog", "end"],
+        ["3", ".*", "dog", "end"],
+    ]  # the fourth step fills what stands behind the end
+    assert re.findall(r'<td class="new">(.*?)</td>', table) == ["end", "dog", ".*"]
+    assert "lines with &lt;dog&gt;" in text
+
+
+def test_pictures_are_embedded_and_written(page: tuple[Path, str]) -> None:
+    run_dir, text = page
+    embedded = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
+    assert sorted(embedded) == sorted(path.read_bytes() for path in run_dir.glob("*.png"))
+    assert len(embedded) == 5 and all(data.startswith(b"\x89PNG") for data in embedded)
+    assert not re.search(r'(src|href)="(?!data:)', text)  # nothing is fetched
+
+
+def line_data(figure: Any, panel: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in figure.axes[panel].lines]
+
+
+def test_curves_hold_the_values_of_the_metrics() -> None:
+    rows = metrics_rows()
+    steps = np.arange(1, NUM_STEPS + 1)
+    bands = line_data(figures.losses_by_ratio(rows))
+    assert [len(x) for x, _ in bands] == [NUM_STEPS // 2] + [NUM_STEPS] * 4
+    width = figures.window(rows)
+    for band, (x, y) in enumerate(bands):
+        values = band + x / 100
+        expected = [values[max(0, i - width + 1) : i + 1].mean() for i in range(len(x))]
+        np.testing.assert_allclose(y, expected)
+    (x, y), _ = line_data(figures.alignment(rows))
+    np.testing.assert_allclose((x, y), (steps, 1.0 / steps))
+    ((x, y),) = line_data(figures.alignment(rows), 1)
+    np.testing.assert_allclose((x, y), ([20, 40, 60], [0.9] * 3))
+    ((x, y),) = line_data(figures.collapse(rows))
+    np.testing.assert_allclose((x, y), ([20, 40, 60], [50, 70, 90]))
+    assert "192 rows" in figures.collapse(rows).axes[0].get_title(loc="left")
+    np.testing.assert_allclose(line_data(figures.speed(rows))[0], (steps, 2000 + steps))
+    np.testing.assert_allclose(line_data(figures.rate_and_gradient(rows))[0], (steps, 1e-3 * steps))
+
+
+def test_a_run_without_jepa_and_monitor_has_no_such_curves(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    monitored = ("effective_rank", "cosine_diversity", "target_cosine", "monitor_rows")
+    rows = [{key: value for key, value in row.items() if key not in monitored} for row in metrics_rows()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.write_report(tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"losses", "learning_rate", "tokens_per_second"}
+
+
+@pytest.mark.parametrize(("correct", "items"), [(0, 20), (7, 20), (300, 400), (20, 20)])
+def test_wilson_bounds_solve_the_score_equation(correct: int, items: int) -> None:
+    low, high = scoring.wilson_interval(correct, items)
+    for bound in (low, high):
+        if 0 < bound < 1:  # the share is exactly z standard errors, taken at the bound, away from it
+            assert abs(correct / items - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / items))
+    assert 0 <= low <= correct / items <= high <= 1 and low < high
+
+
+@pytest.mark.parametrize("degrees", range(1, 10))
+def test_the_table_of_student_t(degrees: int) -> None:
+    width = report.t_interval([0.0] * degrees + [1.0])[1] - 1 / (degrees + 1)
+    # One 1 among zeros has the standard error 1 / (degrees + 1).
+    quantile = width * (degrees + 1)
+    x = np.linspace(0, quantile, 200_001)
+    density = (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
+    norm = math.gamma((degrees + 1) / 2) / (math.sqrt(degrees * math.pi) * math.gamma(degrees / 2))
+    assert 0.5 + norm * np.trapezoid(density, x) == pytest.approx(0.975, abs=2e-5)
+
+
+def test_a_comparison_shows_means_intervals_and_paired_differences(tmp_path: Path) -> None:
+    shares = {"base": (0.50, 0.54), "more": (0.60, 0.65), "same": (0.49, 0.56)}
+    for name, values in shares.items():
+        for seed, share in enumerate(values):
+            write_run(tmp_path / f"{name}{seed}", exact_match=share, command=f"train {name} {seed}")
+    arms = [report.Arm(name, [tmp_path / f"{name}{seed}" for seed in (0, 1)]) for name in shares]
+    text = report.write_comparison(tmp_path, arms, [0, 1]).read_text()
+    rows = rows_of(text)
+    # With two seeds the interval is the mean +- 12.706 * half their distance.
+    assert ["base", "50.0 %", "54.0 %", "52.0 %", "26.6 % to 77.4 %", "3 min 54 s"] in rows
+    assert ["untrained", "2.5 %", "2.5 %", "", "", ""] in rows
+    assert ["more minus base", "+10.5", "+4.1 to +16.9", "higher"] in rows
+    assert ["same minus base", "+0.5", "-18.6 to +19.6", "no difference shown"] in rows
+    assert ["same minus more", "-10.0", "-22.7 to +2.7", "no difference shown"] in rows
+    assert all(f"train {name} {seed}" in text for name in shares for seed in (0, 1))
+    assert {path.name for path in tmp_path.glob("*.png")} == {"scores.png", "losses.png"}
+
+
+def test_one_seed_has_no_interval(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", exact_match=0.9)
+    arms = [report.Arm(name, [tmp_path / name]) for name in "ab"]
+    rows = rows_of(report.write_comparison(tmp_path, arms, [0]).read_text())
+    assert ["b", "90.0 %", "90.0 %", "needs 2 seeds", "3 min 54 s"] in rows
+    assert ["b minus a", "+55.0", "needs 2 seeds", "one seed: nothing can be said"] in rows
+
+
+def tiny_config(**changes: Any) -> DictConfig:
+    cfg = OmegaConf.load(REPOSITORY / "configs/tiny.yaml")
+    sizes = {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "mlp_dim": 16}
+    return OmegaConf.merge(cfg, {"model": sizes}, changes)
+
+
+class Oracle:
+    """Knows the answers to some prompts and writes "dog" for all others."""
+
+    def __init__(self, answers: dict[tuple[int, ...], list[int]], vocab_size: int, fallback: list[int]) -> None:
+        self.answers, self.vocab_size, self.fallback = answers, vocab_size, fallback
+
+    def parameters(self) -> list[Tensor]:
+        return [torch.zeros(3)]
+
+    def __call__(
+        self, tokens: Tensor, *, attention_mask: Tensor | None = None, logits_at: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logits = torch.zeros(len(logits_at), self.vocab_size)
+        for place, position in enumerate(logits_at.tolist()):
+            row, column = divmod(position, tokens.size(1))
+            prompt = next((p for p in self.answers if tuple(tokens[row, : len(p)].tolist()) == p), None)
+            start = len(prompt) if prompt else int(tokens[row].eq(self.fallback[0]).nonzero()[-1]) + 1
+            answer = self.answers.get(prompt, self.fallback[1:])
+            logits[place, (answer + [self.fallback[-1]] * 99)[column - start]] = 9.0
+        return tokens, logits
+
+
+def test_scores_of_a_model_that_knows_some_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    cfg = tiny_config()
+    items = scoring.heldout_items(cfg, tokenizer, 12)
+    chats = [
+        [{"role": "user", "content": item.description}, {"role": "assistant", "content": item.regex}] for item in items
+    ]
+    full = [tokenizer.encode_chat(chat)[0] for chat in chats]
+    prompts = [tokenizer.encode_chat(chat[:1], add_generation_prompt=True)[0] for chat in chats]
+    assert [item.prompt for item in items] == prompts  # those of training: no system prompt in this config
+    known = {tuple(prompt): ids[len(prompt) :] for prompt, ids in list(zip(prompts, full, strict=True))[:9]}
+    header, end = prompts[0][-1], full[0][-1]
+    dog = [header, *tokenizer.encode("dog"), end, tokenizer.eos_id]
+    models = {"after": Oracle(known, tokenizer.vocab_size, dog), "before": Oracle({}, tokenizer.vocab_size, dog)}
+    monkeypatch.setattr(scoring, "load_hf", lambda path: models["after"])
+    monkeypatch.setattr(scoring, "model_before_training", lambda cfg: models["before"])
+    write_run(tmp_path)
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    tokenizer.save(tmp_path / "hf")
+    scores = scoring.score_run(tmp_path, num_items=12, command="the command")
+
+    assert json.loads((tmp_path / scoring.SCORES_NAME).read_text()) == json.loads(json.dumps(scores))
+    assert (scores["exact_match"], scores["untrained"], scores["n"]) == (9 / 12, 0.0, 12)
+    assert scores["exact_match_interval"] == scoring.wilson_interval(9, 12)
+    assert (scores["train_seconds"], scores["train_steps"]) == (NUM_STEPS * 0.5, NUM_STEPS)
+    assert scores["train_tokens"] == sum(range(1001, 1001 + NUM_STEPS))
+    assert scores["constant"] == max([item.regex for item in items].count(item.regex) for item in items) / 12
+    generations = [json.loads(line) for line in (tmp_path / scoring.GENERATIONS_NAME).read_text().splitlines()]
+    assert [row["correct"] for row in generations] == [True] * 9 + [False] * 3
+    assert {row["answer"] for row in generations[9:]} == {"dog"} == {row["untrained"] for row in generations}
+    examples = json.loads((tmp_path / scoring.EXAMPLES_NAME).read_text())
+    assert [example["correct"] for example in examples] == [True, True, True, False]
+    for example in examples:
+        last = example["canvases"][-1]
+        assert "".join(last[: last.index("")]) == example["answer"]
+        assert [canvas.count(None) for canvas in example["canvases"]] == list(range(len(last) - 1, -1, -1))
+
+
+def test_no_held_out_regex_is_trained_on() -> None:
+    cfg = tiny_config()
+    trained = generate_regex_pairs(num_pairs=2000, seed=cfg.dataset.seed, split="train", task=cfg.dataset.task)
+    heldout = {item.regex for item in scoring.heldout_items(cfg, tiny_tokenizer(), 300)}
+    assert heldout.isdisjoint(pair["regex"] for pair in trained)
+
+
+def test_an_answer_ends_at_the_end_of_turn_or_text() -> None:
+    tokenizer = tiny_tokenizer()
+    (end,) = scoring.end_ids(tokenizer) - {tokenizer.eos_id}
+    dog, tree = tokenizer.encode("dog"), tokenizer.encode("tree")
+    for last in (end, tokenizer.eos_id):
+        assert scoring.read_answer(tokenizer, [*dog, last, *tree, tokenizer.eos_id]) == "dog"
+    assert scoring.read_answer(tokenizer, [*dog, *tree]) == "dogtree"
+    # A special token inside an answer is an error of the model, and must not look right.
+    assert scoring.read_answer(tokenizer, [*dog, tokenizer.bos_id, end]) != "dog"
+
+
+def test_answers_keep_the_order_of_the_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "BATCH_SIZE", 2)
+    tokenizer = tiny_tokenizer()
+    words = ["dog", "truck", "ring", "lake", "bird"]
+    items = [scoring.Item(word, word, [tokenizer.bos_id, place]) for place, word in enumerate(words)]
+    answers = {tuple(item.prompt): [*tokenizer.encode(item.regex), tokenizer.eos_id] for item in items}
+    model = Oracle(answers, tokenizer.vocab_size, [0, tokenizer.eos_id])
+    decoding = BlockDecoding(gen_length=4, block_length=4, steps=4)
+    assert [answer.text for answer in scoring.answer(model, tokenizer, items, decoding)] == words
+
+
+def test_the_best_constant_is_the_most_frequent_answer() -> None:
+    items = [scoring.Item("", regex, []) for regex in ("a", "b", "b", "c", "b", "a")]
+    assert scoring.best_constant(items) == ("b", 3)
+
+
+def test_the_model_before_training() -> None:
+    first, again, other = (scoring.model_before_training(tiny_config(seed=seed)).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+    assert first["head.weight"].std() == pytest.approx(0.02, rel=0.05)
+    checkpoint = REPOSITORY / "tests/assets/llada_tiny"
+    started = scoring.model_before_training(tiny_config(checkpoint_dir=str(checkpoint))).state_dict()
+    assert all(torch.equal(value, started[name]) for name, value in load_hf(checkpoint).state_dict().items())
+
+
+def test_only_a_marked_folder_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "runs/demo"
+    launch.claim_folder(folder)
+    assert capsys.readouterr().out == ""
+    (folder / "metrics.jsonl").write_text("old")
+    launch.claim_folder(folder, keep=True)
+    assert (folder / "metrics.jsonl").exists()
+    launch.claim_folder(folder)
+    assert "of an earlier demo and is removed" in capsys.readouterr().out
+    assert [path.name for path in folder.iterdir()] == [launch.MARKER_NAME]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_folder_without_the_marker_is_left_alone(tmp_path: Path, keep: bool) -> None:
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "mine").write_text("precious")
+    with pytest.raises(LaunchError, match="was not written by this script.*--output"):
+        launch.claim_folder(folder, keep=keep)
+    assert [path.name for path in folder.iterdir()] == ["mine"]
+    with pytest.raises(LaunchError, match="was not written by this script"):
+        launch.claim_folder(folder / "mine", keep=keep)
+    assert (folder / "mine").read_text() == "precious"
+
+
+def test_a_failed_training_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(LaunchError, match="make install"):
+        launch.train(["--config", "tiny"])
+    tune = tmp_path / "tune"
+    tune.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/words\nexit 3\n')
+    tune.chmod(0o755)
+    with pytest.raises(LaunchError, match="exit code 3"):
+        launch.train(["--config", "tiny", "seed=1"])
+    assert (tmp_path / "words").read_text().split() == launch.command_line(["--config", "tiny", "seed=1"]).split()[1:]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replaces training and scoring by stand-ins that leave the files; notes what was called."""
+    calls = []
+
+    def train(arguments: list[str]) -> None:
+        run_dir = Path(next(word for word in arguments if word.startswith("output_dir=")).partition("=")[2])
+        calls.append(f"train {run_dir.name}")
+        (run_dir / "hf").mkdir()
+
+    def score_run(run_dir: Path, *, num_items: int, command: str) -> None:
+        calls.append(f"score {run_dir.name}")
+        write_run(run_dir, n=num_items, command=command)
+
+    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(compare, "score_run", score_run)
+    return calls
+
+
+def test_a_comparison_goes_on_where_it_stopped(tmp_path: Path, calls: list[str]) -> None:
+    folder = tmp_path / "compare"
+    names = ["diffusion_seed3", "jepa_seed3", "shuffled_seed3"]
+    compare.compare(folder, [3], 40, ["max_steps=2"])
+    assert calls == [f"{verb} {name}" for name in names for verb in ("train", "score")]
+    calls.clear()
+    compare.compare(folder, [3], 40, ["max_steps=2"])
+    assert calls == []
+    (folder / names[0] / scoring.SCORES_NAME).unlink()  # stopped while scoring
+    (folder / names[2] / "hf").rmdir()  # stopped while training
+    compare.compare(folder, [3], 40, ["max_steps=2"])
+    assert calls == [f"score {names[0]}", f"train {names[2]}", f"score {names[2]}"]
+    calls.clear()
+    compare.compare(folder, [3], 50, ["max_steps=2"])
+    assert calls == [f"score {name}" for name in names]
+    assert "max_steps=2 jepa_weight=1 shuffle_targets=true seed=3" in (folder / names[2] / "command.txt").read_text()
+
+
+def test_runs_of_other_settings_are_not_compared(tmp_path: Path, calls: list[str]) -> None:
+    compare.compare(tmp_path, [3], 40, ["max_steps=2"])
+    calls.clear()
+    with pytest.raises(LaunchError, match="(?s)made by.*max_steps=2.*not by.*max_steps=9"):
+        compare.compare(tmp_path, [3], 40, ["max_steps=9"])
+    assert calls == []
+
+
+@pytest.mark.parametrize("seeds", [[], [1, 1], list(range(11))])
+def test_unusable_seeds(tmp_path: Path, seeds: list[int]) -> None:
+    with pytest.raises(LaunchError, match="between 1 and 10 different seeds"):
+        compare.compare(tmp_path / "compare", seeds, 40, [])
+    assert not (tmp_path / "compare").exists()
