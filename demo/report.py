@@ -234,7 +234,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
+    environment.filters["percent"] = lambda share: f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
     environment.filters["signed"] = lambda share: f"{100 * share:+.1f}"
     environment.filters["points"] = lambda share: f"{100 * share:.1f}"
     environment.filters["duration"] = _duration
@@ -243,9 +243,11 @@ def _environment() -> jinja2.Environment:
 
 def _duration(seconds: float) -> str:
     if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s"
+        text = f"{seconds:.0f} s"
+    else:
+        minutes, rest = divmod(round(seconds), 60)
+        text = f"{minutes} min {rest} s"
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 if __name__ == "__main__":

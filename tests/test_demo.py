@@ -105,7 +105,10 @@ def rows_of(page: str) -> list[list[str]]:
     """Text of the cells of every table row."""
     rows = re.findall(r"<tr[^>]*>(.*?)</tr>", page, re.S)
     cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.S) for row in rows]
-    return [[html.unescape(re.sub("<[^>]*>", "", cell)).strip() for cell in row] for row in cells]
+    return [
+        [html.unescape(re.sub("<[^>]*>", "", cell)).strip().replace("\N{NO-BREAK SPACE}", " ") for cell in row]
+        for row in cells
+    ]
 
 
 @pytest.fixture(scope="module")
