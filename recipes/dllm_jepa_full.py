@@ -49,6 +49,7 @@ class DLLMJEPAFullRecipe:
     """
 
     def __init__(self, cfg: DictConfig) -> None:
+        """Claim the output directory and join the other ranks."""
         self.cfg = cfg
         self.run = training.RunDirectory(cfg.output_dir, cfg.resume)
         self.ranks = training.Ranks.join(cfg.device, replicate=cfg.data_parallel_replicate_dim)
@@ -104,7 +105,9 @@ class DLLMJEPAFullRecipe:
                 f"{sizes.vocab_size}: set model.vocab_size to at least {self.tokenizer.vocab_size}"
             )
         if cfg.max_seq_len > sizes.max_seq_len:
-            raise ConfigError(f"max_seq_len={cfg.max_seq_len} is over the model's context of {sizes.max_seq_len} tokens")
+            raise ConfigError(
+                f"max_seq_len={cfg.max_seq_len} is over the model's context of {sizes.max_seq_len} tokens"
+            )
 
     def setup_batches(self) -> tuple[TrainingBatches, int]:
         """Tokenize the dataset and plan its batches; returns them and the steps of an epoch."""
@@ -248,7 +251,9 @@ class DLLMJEPAFullRecipe:
 
     def global_counts(self, micro_batches: list[MicroBatch]) -> GlobalCounts:
         """Count over all ranks and micro-batches: one all-reduce, before any forward."""
-        own = [(batch.num_sequences, len(batch.labels), batch.num_tokens, batch.context.numel()) for batch in micro_batches]
+        own = [
+            (batch.num_sequences, len(batch.labels), batch.num_tokens, batch.context.numel()) for batch in micro_batches
+        ]
         return GlobalCounts(*self.ranks.sum(torch.tensor(own, device=self.ranks.device).sum(0)).tolist())
 
     def aligns(self, step: int) -> bool:
@@ -298,8 +303,8 @@ class DLLMJEPAFullRecipe:
         if not (math.isfinite(losses["loss"]) and math.isfinite(grad_norm)):
             saved = training.list_checkpoints(self.run.checkpoints)
             raise TrainingError(
-                f"step {step + 1}: loss {losses['loss']}, gradient norm {grad_norm}; stopped before the update. Dataset "
-                f"indices of its batch: {self.batches.samples(step)}. Last good checkpoint: "
+                f"step {step + 1}: loss {losses['loss']}, gradient norm {grad_norm}; stopped before the update. Dataset"
+                f" indices of its batch: {self.batches.samples(step)}. Last good checkpoint: "
                 f"{saved[-1] if saved else 'none'}. Look at these rows, or try a lower rate"
             )
         return losses, grad_norm

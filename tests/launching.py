@@ -32,14 +32,18 @@ SMALL = [
 ]
 
 
-def run_here(output_dir: Path, *overrides: str, recipe: str = "dllm_jepa_full", base: list[str] = SMALL) -> list[dict[str, Any]]:
+def run_here(
+    output_dir: Path, *overrides: str, recipe: str = "dllm_jepa_full", base: list[str] = SMALL
+) -> list[dict[str, Any]]:
     """Run a recipe in this process; returns the objects of its metrics.jsonl."""
     with patch.object(sys, "argv", [recipe, *base, f"output_dir={output_dir}", *overrides]):
         importlib.import_module(recipe).recipe_main()
     return metrics(output_dir)
 
 
-def run_on_ranks(num_ranks: int, runs: dict[Path, list[str]], *, recipe: str = "dllm_jepa_full", base: list[str] = SMALL) -> None:
+def run_on_ranks(
+    num_ranks: int, runs: dict[Path, list[str]], *, recipe: str = "dllm_jepa_full", base: list[str] = SMALL
+) -> None:
     """Run a recipe several times, one after the other, in one launch of gloo ranks."""
     launch(
         ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", __file__],

@@ -108,7 +108,7 @@ def _with_whole_values(cfg: DictConfig) -> DictConfig:
     For a key with a component, torchtune reads `key=value` as `key._component_=value`: right for the name of a builder,
     not for these two.
     """
-    for name in cfg:
+    for name in map(str, cfg):
         node = None if OmegaConf.is_missing(cfg, name) or OmegaConf.is_interpolation(cfg, name) else cfg[name]
         if isinstance(node, DictConfig) and "_component_" in node and not isinstance(node["_component_"], str):
             cfg[name] = node["_component_"]

@@ -11,7 +11,7 @@ MONITOR_ROWS = 256
 
 
 def effective_rank(embeddings: Tensor) -> float:
-    """exp of the entropy of the normalized singular values of the centred matrix.
+    """Exp of the entropy of the normalized singular values of the centred matrix.
 
     Means nothing without the number of rows, which bounds it.
 

@@ -33,7 +33,8 @@ class PredictorLayer(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """Apply the layer to [S, D]."""
         pooled = pooled + self.output_proj(self.v_proj(self.sa_norm(pooled)))
-        return pooled + self.mlp(self.mlp_norm(pooled))
+        update: Tensor = self.mlp(self.mlp_norm(pooled))
+        return pooled + update
 
 
 class Predictor(nn.Module):

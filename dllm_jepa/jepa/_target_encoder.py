@@ -30,8 +30,8 @@ class EMATargetEncoder:
             raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
         if wrong := {str(param.dtype) for param in backbone.parameters() if param.dtype != torch.float32}:
             raise ValueError(
-                f"the target encoder is kept in fp32, got parameters of {', '.join(sorted(wrong))}: in bf16 its updates "
-                "are rounded away"
+                f"the target encoder is kept in fp32, got parameters of {', '.join(sorted(wrong))}: in bf16 its "
+                "updates are rounded away"
             )
         self.backbone = backbone.requires_grad_(False).eval()
         self.ema_decay = ema_decay
@@ -63,7 +63,7 @@ class EMATargetEncoder:
     @torch.no_grad()
     def update(self, online_backbone: nn.Module) -> None:
         """Move towards the online weights: average <- tau * average + (1 - tau) * online. Call after the optimizer."""
-        averages = list(self.backbone.parameters())
+        averages: list[Tensor] = list(self.backbone.parameters())
         online = [param.float() for param in online_backbone.parameters()]
         torch._foreach_lerp_(averages, online, 1 - self.ema_decay)
 

@@ -23,6 +23,13 @@ class RotaryEmbedding(Qwen2RotaryPositionalEmbeddings):
     Both LLaDA and Dream store their query and key weights for this layout, so no weight has to be permuted.
     """
 
+    cache: Tensor
+
+    def reset(self) -> None:
+        """Compute the table anew, in fp32, on the device it is on."""
+        with self.cache.device:
+            self.rope_init()  # type: ignore[no-untyped-call]
+
     def forward(self, x: Tensor, input_pos: Tensor | None = None) -> Tensor:
         """Rotate queries or keys.
 
@@ -51,7 +58,9 @@ class CastRMSNorm(RMSNorm):
 class BidirectionalAttention(MultiHeadAttention):
     """Multi-head attention in which every token of a sequence sees all of it; grouped key/value heads allowed."""
 
-    def forward(
+    pos_embeddings: RotaryEmbedding
+
+    def forward(  # type: ignore[override]  # the mask may be a `PackedSequences`
         self, x: Tensor, y: Tensor | None = None, *, mask: AttentionMask = None, input_pos: Tensor | None = None
     ) -> Tensor:
         """Self-attention.
@@ -74,7 +83,8 @@ class BidirectionalAttention(MultiHeadAttention):
             out = packed_attention(q[0], k[0], v[0], mask).unsqueeze(0)
         else:
             out = padded_attention(q, k, v, mask)
-        return self.output_proj(out.flatten(-2))
+        projected: Tensor = self.output_proj(out.flatten(-2))
+        return projected
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -115,18 +125,21 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: PackedSequences) 
     """
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         bounds, longest = packing.cu_seqlens, packing.max_seqlen
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest, enable_gqa=q.size(1) != k.size(1))
-    return _bucketed_attention(q, k, v, packing)
+        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, enable_gqa=q.size(1) != k.size(1))
+    else:
+        out = _bucketed_attention(q, k, v, packing)
+    assert isinstance(out, Tensor), type(out)  # a pair only when the log-sum-exp is asked for
+    return out
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it loops over lengths known on the host only
 def _bucketed_attention(q: Tensor, k: Tensor, v: Tensor, packing: PackedSequences) -> Tensor:
     # index_select on flat rows: its backward is a plain row-wise add, many times faster on CPU than that of q[index].
     outs = []
     for bucket in packing.buckets:
         rows = bucket.index.flatten()
-        padded = (
+        q_rows, k_rows, v_rows = (
             heads.flatten(1).index_select(0, rows).view(*bucket.index.shape, *heads.shape[1:]) for heads in (q, k, v)
         )  # [S, L, H or K, h]
-        outs.append(padded_attention(*padded, bucket.valid).flatten(0, 1))
+        outs.append(padded_attention(q_rows, k_rows, v_rows, bucket.valid).flatten(0, 1))
     return torch.cat(outs).flatten(1).index_select(0, packing.bucket_positions).view_as(q)

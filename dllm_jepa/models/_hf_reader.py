@@ -1,6 +1,5 @@
 """Reading a published checkpoint: config.json and safetensors, never code and never pickles."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.models._families import FAMILIES
+from dllm_jepa.models._json import read_json_object
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM, TransformerSizes, init_rope
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -34,7 +34,9 @@ class HFCheckpoint:
         if not self.path.is_dir():
             what = "is not a directory" if self.path.exists() else "does not exist"
             raise CheckpointError(f"checkpoint directory {self.path} {what}")
-        self.config = _read_json(self.path / "config.json")
+        if not (self.path / "config.json").exists():
+            raise CheckpointError(f"checkpoint directory {self.path} has no config.json")
+        self.config = read_json_object(self.path / "config.json")
         self.family, self.sizes = _read_architecture(self.path / "config.json", self.config)
         self._names = FAMILIES[self.family].hf_names(self.sizes)
         self._files = {file: _open(self.path / file) for file in self._weight_files()}
@@ -48,7 +50,9 @@ class HFCheckpoint:
     def architecture_differences(self, model: MaskedDiffusionLM) -> list[str]:
         """What config.json and a model disagree on, one line each; empty when they compute the same function."""
         if model.family != self.family:
-            return [f"its config.json has model_type {self.family!r}, the configured model is of family {model.family!r}"]
+            return [
+                f"its config.json has model_type {self.family!r}, the configured model is of family {model.family!r}"
+            ]
         return [
             f"{key} is {getattr(self.sizes, key)} in config.json, {getattr(model.sizes, key)} in the configured model"
             for key in TransformerSizes.__dataclass_fields__
@@ -60,12 +64,14 @@ class HFCheckpoint:
         """Hold a model (on any device, before sharding) against the files.
 
         Raises:
-            CheckpointError: listing every difference in architecture and every missing, unexpected or mis-shaped tensor.
+            CheckpointError: listing all differences in architecture, or all missing, unexpected and mis-shaped tensors.
         """
         problems = self.architecture_differences(model)
         if not problems:
             shapes = {self._names[name]: tuple(param.shape) for name, param in model.named_parameters()}
-            problems += [f"missing tensor {name} {list(shapes[name])}" for name in sorted(shapes.keys() - self._file_of)]
+            problems += [
+                f"missing tensor {name} {list(shapes[name])}" for name in sorted(shapes.keys() - self._file_of)
+            ]
             problems += [f"unexpected tensor {name}" for name in sorted(self._file_of.keys() - shapes.keys())]
             for name in sorted(shapes.keys() & self._file_of.keys()):
                 found = tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
@@ -86,12 +92,13 @@ class HFCheckpoint:
         """
         hf_name = self._names[name]
         weights = self._files[self._file_of[hf_name]].get_slice(hf_name)
-        return weights[:] if rows is None else weights[rows]
+        tensor: Tensor = weights[:] if rows is None else weights[rows]
+        return tensor
 
     def _weight_files(self) -> list[str]:
         index = self.path / INDEX_NAME
         if index.exists():
-            weight_map = _read_json(index).get("weight_map")
+            weight_map = read_json_object(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise CheckpointError(f"{index} has no weight_map")
             files = sorted(set(weight_map.values()))
@@ -133,18 +140,6 @@ def load_hf(
         for name, param in model.named_parameters():
             param.copy_(checkpoint.read(name))
     return model.eval()
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"checkpoint directory {file.parent} has no {file.name}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, found {type(content).__name__}")
-    return content
 
 
 def _read_architecture(file: Path, config: dict[str, Any]) -> tuple[str, TransformerSizes]:

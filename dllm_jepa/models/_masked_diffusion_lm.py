@@ -90,7 +90,8 @@ class Backbone(nn.Module):
         hidden = self.tok_embeddings(tokens)  # [B, T, D]
         for layer in self.layers:
             hidden = layer(hidden, mask=mask, input_pos=input_pos)
-        return self.norm(hidden)
+        normed: Tensor = self.norm(hidden)
+        return normed
 
 
 class MaskedDiffusionLM(nn.Module):
@@ -160,12 +161,14 @@ class MaskedDiffusionLM(nn.Module):
         """
         everywhere = torch.arange(tokens.numel(), device=tokens.device)
         _, logits = self(tokens, attention_mask=attention_mask, logits_at=everywhere)
-        return logits.unflatten(0, tokens.shape)
+        assert isinstance(logits, Tensor)
+        return logits.view(*tokens.shape, -1)
 
     def _score(self, hidden: Tensor) -> Tensor:
         if self.head is None:
             return F.linear(hidden, self.backbone.tok_embeddings.weight)
-        return self.head(hidden)
+        logits: Tensor = self.head(hidden)
+        return logits
 
 
 def init_rope(module: nn.Module) -> None:
@@ -175,8 +178,7 @@ def init_rope(module: nn.Module) -> None:
     """
     for submodule in module.modules():
         if isinstance(submodule, RotaryEmbedding):
-            with submodule.cache.device:
-                submodule.rope_init()
+            submodule.reset()
 
 
 def _build_layer(sizes: TransformerSizes, rope: RotaryEmbedding, attn_bias: bool) -> TransformerSelfAttentionLayer:
@@ -213,7 +215,7 @@ def _packed_positions(packing: PackedSequences, num_tokens: int) -> Tensor:
 
 
 def _is_first(tokens: Tensor, attention_mask: AttentionMask) -> Tensor:
-    """bool [B * T], True at the first token of every sequence."""
+    """Bool [B * T], True at the first token of every sequence."""
     first = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device)
     if isinstance(attention_mask, PackedSequences):
         first[attention_mask.cu_seqlens[:-1].long()] = True

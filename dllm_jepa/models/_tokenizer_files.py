@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
 
 from dllm_jepa.errors import CheckpointError
+from dllm_jepa.models._json import read_json_object
 
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
@@ -261,20 +262,3 @@ def check_bpe(vocab: Any, merges: Any, file: Path, prefix: str = "") -> None:
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object.
-
-    Raises:
-        CheckpointError: if it is not JSON (with the position) or not an object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file} is not JSON: byte {error.start} is not UTF-8") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} must hold one JSON object, not a {type(content).__name__}")
-    return content

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from dllm_jepa.errors import CheckpointError
@@ -70,7 +73,7 @@ def save_training_state(
         unfinished.mkdir(parents=True)
     ranks.wait()
     with _quiet_in_one_process(ranks):
-        dcp.save(tensors, checkpoint_id=unfinished, no_dist=ranks.mesh is None)
+        save(tensors, checkpoint_id=unfinished, no_dist=ranks.mesh is None)
     if ranks.is_rank_zero:
         state = json.dumps({"step": step} | scalars, indent=2)
         (unfinished / _STATE_NAME).write_text(state + "\n", encoding="utf-8")
@@ -95,11 +98,11 @@ def load_training_state(checkpoint: Path, tensors: dict[str, Tensor], ranks: Ran
         CheckpointError: if the directory is not a complete checkpoint or holds other tensors.
     """
     scalars = read_scalars(checkpoint)
-    reader = dcp.FileSystemReader(checkpoint)
+    reader = FileSystemReader(checkpoint)
     saved = {
         name: tuple(entry.size)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
+        if isinstance(entry, TensorStorageMetadata)
     }
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if saved != wanted:
@@ -107,7 +110,7 @@ def load_training_state(checkpoint: Path, tensors: dict[str, Tensor], ranks: Ran
         lines = [f"{name}: saved {saved.get(name, 'nothing')}, needed {wanted.get(name, 'nothing')}" for name in names]
         raise CheckpointError(f"checkpoint {checkpoint} is of another run:\n  " + "\n  ".join(lines[:20]))
     with _quiet_in_one_process(ranks):
-        dcp.load(tensors, storage_reader=reader, no_dist=ranks.mesh is None)
+        load(tensors, storage_reader=reader, no_dist=ranks.mesh is None)
     return scalars
 
 

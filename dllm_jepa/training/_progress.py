@@ -1,4 +1,4 @@
-"""What a run reports while it goes on: a bar for the eyes, metrics.jsonl, and the metric logger of the user's choice."""
+"""What a run reports while it goes on: a bar for the eyes, metrics.jsonl, and a metric logger of one's choice."""
 
 import sys
 import time

@@ -76,6 +76,7 @@ metric_logger: {_component_: stand_in_parts.Logger, log_dir: logs, filename: log
 def _parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stand_in_parts.py").write_text(PARTS)
     (tmp_path / "broken_parts.py").write_text("import no_such_package\n")
+    (tmp_path / "garbled_parts.py").write_text("def model(:\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
 
@@ -114,6 +115,7 @@ def test_question_marks_must_be_set(key: str) -> None:
         ("checkpoint=3", ["checkpoint: 3 given, must be a mapping with the keys every_n_steps, keep_last"]),
         ("output_dir=3", ["output_dir: 3 given, must be a path"]),
         ("output_dir=${nowhere}", ["output_dir: cannot be resolved", "nowhere"]),
+        ("output_dir=' '", ['output_dir: " " given, must be a path']),
         ("seed=-1", ["seed: -1 given, must be an integer >= 0"]),
         ("seed=1.5", ["seed: 1.5 given, must be an integer >= 0"]),
         ("seed=true", ["seed: true given, must be an integer >= 0"]),
@@ -122,6 +124,7 @@ def test_question_marks_must_be_set(key: str) -> None:
         ("device=gpu", ['device: "gpu" given, must be one of cpu, cuda']),
         ("jepa_weight=-0.5", ["jepa_weight: -0.5 given, must be a number >= 0"]),
         ("jepa_weight=.nan", ["jepa_weight: NaN given, must be a number >= 0"]),
+        ("jepa_weight=.inf", ["jepa_weight: Infinity given, must be a number >= 0"]),
         ("l2_anchor_weight=-1", ["l2_anchor_weight: -1 given, must be a number >= 0"]),
         ("jepa_every=0", ["jepa_every: 0 given, must be an integer >= 1"]),
         ("jepa_ratio=0", ["jepa_ratio: 0 given, must be a number in (0, 1] or null"]),
@@ -141,6 +144,7 @@ def test_question_marks_must_be_set(key: str) -> None:
         ("model._component_=stand_in_parts.modell", ["stand_in_parts has no 'modell'. Did you mean model?"]),
         ("model._component_=torch.optimm.AdamW", ["torch has no 'optimm'. Did you mean optim?"]),
         ("model._component_=broken_parts.model", ["importing broken_parts fails", "no_such_package"]),
+        ("model._component_=garbled_parts.model", ["importing garbled_parts fails: SyntaxError"]),
         ("model._component_=stand_in_parts.model.x", ["'stand_in_parts.model.x': stand_in_parts.model has no 'x'"]),
         ("model._component_=stand_in_parts.", ["is not a dotted path"]),
         ("model._component_=stand_in_parts.not_callable", ["is int, not something that can be called"]),

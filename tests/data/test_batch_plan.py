@@ -70,7 +70,7 @@ def fits(lengths: list[int], capacity: int, num_bins: int) -> bool:
 
 
 def test_packed_rounds_are_nearly_as_few_as_possible() -> None:
-    """Against all ways to pack: never fewer rounds than can be, and at most one more, seldom."""
+    """Against all ways to pack: never fewer rounds than can be, and hardly ever one more."""
     generator = np.random.default_rng(0)
     more = 0
     for _ in range(150):
@@ -80,7 +80,7 @@ def test_packed_rounds_are_nearly_as_few_as_possible() -> None:
         fewest = next(n for n in itertools.count(1) if fits(lengths.tolist(), capacity, n * num_ranks))
         assert fewest <= rounds <= fewest + 1
         more += rounds - fewest
-    assert more <= 15
+    assert more <= 3
 
 
 @both_splits

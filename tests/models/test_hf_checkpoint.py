@@ -126,7 +126,7 @@ def test_architecture_must_match_the_configured_model(checkpoint: Path) -> None:
     [
         (lambda d: shutil.rmtree(d), "llada_tiny does not exist"),
         (lambda d: (d / "config.json").unlink(), "has no config.json"),
-        (lambda d: (d / "config.json").write_text("{"), "config.json is not valid JSON"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON: line 1"),
         (lambda d: edit(d, model_type="llama"), "model_type is 'llama'; known: Dream, llada"),
         (lambda d: edit(d, n_layers=None), "config.json has no key 'n_layers', which llada needs"),
         (lambda d: edit(d, block_type="sequential"), "block_type is 'sequential'; LLaDA backbones have 'llama'"),
@@ -145,7 +145,9 @@ def test_unusable_directories(checkpoint: Path, spoil, message: str) -> None:
 
 def edit(directory: Path, **changes) -> None:
     config = json.loads((directory / "config.json").read_text()) | changes
-    (directory / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    (directory / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None})
+    )
 
 
 def truncate(file: Path) -> None:

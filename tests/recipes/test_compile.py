@@ -15,7 +15,7 @@ def captured_graphs() -> int:
 def test_compiled_layers_give_the_same_run_and_no_graph_for_every_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # This backend captures and differentiates the same graphs as inductor, and leaves out its minutes of code generation.
+    # This backend captures and differentiates the same graphs as inductor, without its minutes of code generation.
     monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -123,9 +123,7 @@ def test_jepa_on_a_fraction_of_the_steps(tmp_path: Path, override: str, on: list
 
 
 def test_l2_anchor_penalizes_the_distance_to_the_start(tmp_path: Path) -> None:
-    rows = run_here(
-        tmp_path / "run", *PLAIN, "l2_anchor_weight=0.5", "checkpoint={every_n_steps: 1, keep_last: null}"
-    )
+    rows = run_here(tmp_path / "run", *PLAIN, "l2_anchor_weight=0.5", "checkpoint={every_n_steps: 1, keep_last: null}")
     assert rows[0]["loss"] == rows[0]["diffusion_loss"]
     for row in rows[1:]:
         state = training_state(tmp_path / "run", row["step"] - 1)
@@ -182,7 +180,9 @@ def test_metric_loggers_of_torchtune(tmp_path: Path) -> None:
     lines = (tmp_path / "disk/log.txt").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines] == ["Step 3", "Step 6"]
     assert f"loss:{rows[2]['loss']}" in lines[0]
-    run_here(tmp_path / "other", logger % ("TensorBoardLogger", tmp_path / "board", "organize_logs: false"), "max_steps=1")
+    run_here(
+        tmp_path / "other", logger % ("TensorBoardLogger", tmp_path / "board", "organize_logs: false"), "max_steps=1"
+    )
     assert list((tmp_path / "board").glob("events*"))
 
 
@@ -194,7 +194,11 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 ROWS = {
     "gsm8k": {"question": "Ann has {n} hats and buys 2. How many?", "answer": "{n}+2 hats.\n#### {n}"},
     "nlrx": {"description": "lines with {n} digits", "regex": ".*[0-9]{{{n}}}.*"},
-    "spider": {"db_id": "shop", "question": "How many items cost {n}?", "query": "SELECT count(*) FROM t WHERE c = {n}"},
+    "spider": {
+        "db_id": "shop",
+        "question": "How many items cost {n}?",
+        "query": "SELECT count(*) FROM t WHERE c = {n}",
+    },
     "django": {"annotation": "assign {n} to x.", "code": "x = {n}"},
 }
 
@@ -204,7 +208,7 @@ ROWS = {
 def test_every_task_trains_on_both_families(tmp_path: Path, task: str, family: tuple[str, ...]) -> None:
     rows = [{key: text.format(n=n) for key, text in ROWS[task].items()} for n in range(24)]
     source = jsonl(tmp_path / "train.jsonl", rows)
-    dataset = "{_component_: dllm_jepa.data.%s, source: %s, template: chat}" % (task, source)
+    dataset = f"{{_component_: dllm_jepa.data.{task}, source: {source}, template: chat}}"
     losses = run_here(
         tmp_path / "run", *family, *FIXED, f"dataset={dataset}", "max_steps=25", "optimizer.lr=1e-2", "loss_weight=mean"
     )
@@ -278,5 +282,3 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, capsys: pytest.C
     message = exits_with(capsys, tmp_path / "run", "resume=auto", "model.mlp_dim=64")
     assert "is of another run" in message
     assert "target.layers.0.mlp.w1.weight: saved (48, 32), needed (64, 32)" in message
-
-

@@ -15,7 +15,9 @@ BIN = Path(sys.executable).parent
 def command(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     words = (str(BIN / words[0]), *words[1:])
-    return subprocess.run(words, cwd=directory, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        words, cwd=directory, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def test_tune_run_on_two_ranks_writes_one_run(tmp_path: Path) -> None:

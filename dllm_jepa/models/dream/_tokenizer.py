@@ -8,12 +8,12 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from dllm_jepa.errors import CheckpointError
+from dllm_jepa.models._json import read_json_object
 from dllm_jepa.models._tokenizer import Tokenizer, check_messages
 from dllm_jepa.models._tokenizer_files import (
     SpecialTokens,
     check_bpe,
     read_backend,
-    read_json_object,
     read_special_tokens,
 )
 
