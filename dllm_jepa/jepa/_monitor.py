@@ -72,7 +72,8 @@ class CollapseMonitor:
         self._steps_in_buffer = -(-max_rows // global_batch_size)
         self._buffer = torch.zeros(max_rows if monitor_every else 0, embed_dim, device=device)
         self._num_rows = 0
-        self._first_rank: float | None = None
+        self._first_rank = 0.0
+        self._first_rows = 0
 
     def measures(self, step: int) -> bool:
         """Whether `step` (from 0) ends with a measurement."""
@@ -99,15 +100,15 @@ class CollapseMonitor:
 
         Returns:
             `effective_rank`, `cosine_diversity`, `monitor_rows`, and a warning when the rank has fallen below half of
-            its first value.
+            its first value over as many rows.
         """
         rows = self._buffer[len(self._buffer) - self._num_rows :]
         rank = effective_rank(rows)
         values = {"effective_rank": rank, "monitor_rows": len(rows)}
         if len(rows) > 1:
             values["cosine_diversity"] = cosine_diversity(rows)
-        if self._first_rank is None:
-            self._first_rank = rank
+        if self._first_rows < len(rows):  # ranks of fewer rows are no measure for this one
+            self._first_rank, self._first_rows = rank, len(rows)
         if rank >= self._first_rank / 2:
             return values, None
         return values, (
@@ -119,11 +120,11 @@ class CollapseMonitor:
         """The buffer, live: to be saved, or loaded in place."""
         return {"buffer": self._buffer} if len(self._buffer) else {}
 
-    def state_dict(self) -> dict[str, float | None]:
+    def state_dict(self) -> dict[str, float]:
         """Everything but the buffer."""
-        return {"num_rows": self._num_rows, "first_rank": self._first_rank}
+        return {"num_rows": self._num_rows, "first_rank": self._first_rank, "first_rows": self._first_rows}
 
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
+    def load_state_dict(self, state: dict[str, float]) -> None:
         """Restore `state_dict()`."""
-        self._num_rows = int(state["num_rows"] or 0)
-        self._first_rank = state["first_rank"]
+        self._num_rows = int(state["num_rows"])
+        self._first_rank, self._first_rows = state["first_rank"], int(state["first_rows"])

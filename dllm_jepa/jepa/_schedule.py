@@ -12,12 +12,12 @@ def is_jepa_step(step: int, *, jepa_every: int = 1, jepa_ratio: float | None = N
 
     Args:
         step: step number from 0.
-        jepa_every: every n-th step, beginning with step 0.
+        jepa_every: every n-th step: the n-th, the 2n-th and so on, as the collapse monitor counts.
         jepa_ratio: instead, this fraction in (0, 1] of the steps, spread evenly.
     """
     if jepa_ratio is not None:
         return math.floor((step + 1) * jepa_ratio) > math.floor(step * jepa_ratio)
-    return step % jepa_every == 0
+    return (step + 1) % jepa_every == 0
 
 
 def shuffled_partners(num_sequences: int, *, seed: int, step: int) -> Tensor:

@@ -197,3 +197,14 @@ def test_a_monitor_restored_before_its_first_rows_is_fresh() -> None:
     monitor.add(torch.randn(3, 4))
     assert monitor.measure()[0]["monitor_rows"] == 3
     assert monitor.measure()[1] is None
+
+
+def test_the_first_rank_is_that_of_as_many_rows() -> None:
+    """A rank over 4 rows, at most 3, must not hide a later fall from 20 to 5."""
+    torch.manual_seed(0)
+    monitor = build(monitor_every=1, global_batch_size=4, max_rows=40, dim=32)
+    for _ in range(10):
+        monitor.add(torch.randn(4, 32))
+        assert monitor.measure()[1] is None
+    monitor.add(torch.randn(40, 5) @ torch.randn(5, 32))
+    assert "over 40 rows" in (monitor.measure()[1] or "")

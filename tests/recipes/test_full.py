@@ -115,7 +115,7 @@ def test_variants_by_config_alone(tmp_path: Path, overrides: tuple[str, ...]) ->
 
 @pytest.mark.parametrize(
     ("override", "on"),
-    [("jepa_every=3", [1, 0, 0, 1, 0, 0]), ("jepa_ratio=0.5", [0, 1, 0, 1, 0, 1]), ("jepa_ratio=1.0", [1] * 6)],
+    [("jepa_every=3", [0, 0, 1, 0, 0, 1]), ("jepa_ratio=0.5", [0, 1, 0, 1, 0, 1]), ("jepa_ratio=1.0", [1] * 6)],
 )
 def test_jepa_on_a_fraction_of_the_steps(tmp_path: Path, override: str, on: list[int]) -> None:
     rows = run_here(tmp_path / "run", override)

@@ -1,0 +1,395 @@
+"""The documentation against the code: links, names, commands, tables, and every example is run.
+
+`python -m tests.test_docs` prints the two generated tables of docs/configs.md.
+"""
+
+import ast
+import importlib
+import inspect
+import json
+import math
+import re
+import shlex
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+
+from dllm_jepa import cli
+from dllm_jepa.config import REQUIRED, TRAINING, Component, Key, Section, find_configs, find_recipes, load_config, problems
+from dllm_jepa.data import SequenceDataset
+from dllm_jepa.jepa import EMATargetEncoder, Predictor, ViewSampler, transformer_predictor
+from dllm_jepa.models import MaskedDiffusionLM
+from dllm_jepa.models._families import FAMILIES
+from dllm_jepa.models.dream import dream_7b
+from dllm_jepa.models.llada import llada_8b
+from tests.launching import SMALL, metrics, run_here
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+RECIPE = REPOSITORY / "recipes" / "dllm_jepa_full.py"
+SCRIPTS_AND_FOLDERS = ("benchmarks", "configs", "demo", "dllm_jepa", "docs", "recipes", "tests")
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(REPOSITORY).as_posix()
+
+
+def fences(text: str, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def prose(text: str) -> str:
+    """A page without its fenced blocks and generated tables."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"<!-- begin: .*?<!-- end -->", "", text, flags=re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Every command of a page, in words; lines that end in a backslash go on."""
+    text = "\n".join(fences(page.read_text("utf-8"), "bash")).replace("\\\n", " ")
+    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+# Form
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_pages_are_ascii_and_narrow(page: Path) -> None:
+    text = page.read_text("utf-8")
+    assert text.isascii()
+    lines = [line for line in text.splitlines() if not line.startswith("|")]
+    assert [line for line in lines if len(line) > 120] == []
+
+
+# Links and names
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", prose(page.read_text("utf-8")), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)|<img [^>]*src=\"([^\"]+)\"", prose(text)):
+        target, _, anchor = "".join(link).partition("#")
+        if re.match(r"https?:", target):
+            continue
+        file = page.parent / target if target else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append("".join(link))
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_resolve(page: Path) -> None:
+    assert broken_links(page, page.read_text("utf-8")) == []
+
+
+def test_a_broken_link_is_found() -> None:
+    text = "[a](no_such_file.md) [b](README.md#no-such-heading) [c](docs/method.md)"
+    assert broken_links(REPOSITORY / "README.md", text) == ["no_such_file.md", "README.md#no-such-heading"]
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    readme = (REPOSITORY / "README.md").read_text("utf-8")
+    assert [path.name for path in (REPOSITORY / "docs").iterdir() if f"docs/{path.name}" not in readme] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_paths_and_tests_exist(page: Path) -> None:
+    text = page.read_text("utf-8")
+    folders = "|".join(SCRIPTS_AND_FOLDERS)
+    for path, test in re.findall(rf"`((?:{folders})/[\w./]*\w)/?(?:::(\w+))?`", text):
+        assert (REPOSITORY / path).exists(), path
+        assert not test or f"def {test}(" in (REPOSITORY / path).read_text("utf-8"), test
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_recipes_and_builders_exist(page: Path) -> None:
+    text = page.read_text("utf-8")
+    assert set(re.findall(r"\bdllm_jepa_\w+", text)) <= find_recipes().keys()
+    for path in set(re.findall(r"\bdllm_jepa(?:\.\w+)+", text)):
+        module, _, name = path.rpartition(".")
+        found = importlib.import_module(module) if module != "dllm_jepa" else None
+        assert found is None or hasattr(found, name), path
+        assert found is not None or importlib.import_module(path), path
+
+
+# Commands
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text("utf-8"), flags=re.MULTILINE))
+
+
+def sub_commands(capsys: pytest.CaptureFixture[str]) -> set[str]:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    return set(re.findall(r"^ {4}(\w+) {2}", capsys.readouterr().out, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_make_targets_and_sub_commands_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = page.read_text("utf-8")
+    spoken = {words[1] for words in commands(page) if words[0] == "make"} | set(re.findall(r"`make (\w+)", text))
+    assert spoken <= make_targets()
+    spoken = {words[1] for words in commands(page) if words[0] == "dllm-jepa"}
+    spoken |= {word for words in re.findall(r"`dllm-jepa (\w+(?: \| \w+)*)", text) for word in words.split(" | ")}
+    assert spoken <= sub_commands(capsys)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_scripts_of_commands_exist(page: Path) -> None:
+    scripts = [words[1] for words in commands(page) if words[0] == "python" and words[1].endswith(".py")]
+    assert [script for script in scripts if not (REPOSITORY / script).exists()] == []
+
+
+def runs(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """Recipe and config arguments of every command that runs or validates; names of copies stand for their originals."""
+    copies: dict[str, str] = {}
+    for words in commands(page):
+        if words[:2] == ["dllm-jepa", "cp"]:
+            copies[words[3]] = words[2]
+        elif words[:2] == ["dllm-jepa", "validate"]:
+            yield "dllm_jepa_full", ["--config", *words[2:]]
+        elif words[1:2] == ["run"]:
+            at = words.index("--config")
+            recipe, config = (copies.get(word, word) for word in (words[at - 1], words[at + 1]))
+            yield recipe, ["--config", config, *words[at + 2 :]]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_command_line_is_valid(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    not_here = re.compile(r"(checkpoint_dir|resume|output_dir): .*(is not a directory|nor an existing path|\?\?\?)")
+    for recipe, arguments in runs(page):
+        assert recipe in find_recipes()
+        assert [line for line in problems(load_config(arguments)) if not not_here.match(line)] == [], arguments
+
+
+def test_there_are_commands_to_check() -> None:
+    found = [recipe for page in PAGES for recipe, _ in runs(page)]
+    assert len(found) >= 10
+
+
+# README
+
+
+def tree_entries(text: str) -> Iterator[tuple[str, Path]]:
+    """Path of every entry of the annotated tree."""
+    (block,) = re.findall(r"^## The tree$.*?^```text\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    parents: list[tuple[int, Path]] = [(-1, REPOSITORY)]
+    for line in block.splitlines():
+        name, indent = line.split()[0], len(line) - len(line.lstrip())
+        while parents[-1][0] >= indent:
+            parents.pop()
+        parents.append((indent, parents[-1][1] / name))
+        yield name, parents[-1][1]
+
+
+def test_the_annotated_tree_is_the_tree() -> None:
+    entries = list(tree_entries((REPOSITORY / "README.md").read_text("utf-8")))
+    assert [name for name, path in entries if not (path.is_dir() if name.endswith("/") else path.is_file())] == []
+    ignored = {line.rstrip("/") for line in (REPOSITORY / ".gitignore").read_text("utf-8").splitlines()}
+    folders = {p.name for p in REPOSITORY.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in ignored}
+    packages = {p.name for p in (REPOSITORY / "dllm_jepa").iterdir() if p.is_dir() and p.name != "__pycache__"}
+    named = {path for _, path in entries}
+    assert [name for name in folders if REPOSITORY / name not in named] == []
+    assert [name for name in packages if REPOSITORY / "dllm_jepa" / name not in named] == []
+
+
+def table_rows(text: str, heading: str) -> list[list[str]]:
+    """Cells of the first table under a heading."""
+    (part,) = re.findall(rf"^#+ {heading}$(.*?)(?=^#+ |\Z)", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line for line in part.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
+
+
+def test_the_table_of_configs_is_complete() -> None:
+    rows = table_rows((REPOSITORY / "README.md").read_text("utf-8"), "Configs")
+    assert sorted(row[0].strip("`") for row in rows) == list(find_configs())
+
+
+def gib_per_gpu(model: MaskedDiffusionLM, num_gpus: int) -> float:
+    """fp32 weights, gradients and two AdamW moments of model and predictor, and the fp32 average of the backbone."""
+    predictor = transformer_predictor(model.sizes.embed_dim, model.sizes.mlp_dim)
+    trained, average = (
+        sum(param.numel() for module in modules for param in module.parameters())
+        for modules in ((model, predictor), (model.backbone,))
+    )
+    return (16 * trained + 4 * average) / num_gpus / 2**30
+
+
+def test_the_computed_memory_is_that_of_the_models() -> None:
+    rows = {row[0].strip("`"): row for row in table_rows((REPOSITORY / "README.md").read_text("utf-8"), "Memory")}
+    for builder in (llada_8b, dream_7b):
+        with torch.device("meta"):
+            wanted = [f"{gib_per_gpu(builder(), num_gpus):.1f} GiB" for num_gpus in (4, 8, 16)]
+        assert rows[builder.__name__][1:4] == wanted
+
+
+# Reference tables
+
+
+def yaml_text(value: object) -> str:
+    """A value as it is written in yaml."""
+    return json.dumps(value, default=str)
+
+
+def key_rows(keys: tuple[Key, ...] = TRAINING.keys, prefix: str = "") -> Iterator[str]:
+    """A line for every key of the schema."""
+    for key in keys:
+        if isinstance(key.kind, Section):
+            yield from key_rows(key.kind.keys, f"{key.name}.")
+            continue
+        kind = "a component" + " or null" * key.nullable if isinstance(key.kind, Component) else key.describe()
+        default = "must be given" if key.default is REQUIRED else f"`{yaml_text(key.default)}`"
+        yield f"| `{prefix}{key.name}` | {kind} | {default} | {key.doc} |"
+
+
+PRODUCTS = {
+    "view_sampler": ViewSampler,
+    "predictor": Predictor,
+    "target_encoder": EMATargetEncoder,
+    "dataset": SequenceDataset,
+    "lr_scheduler": torch.optim.lr_scheduler.LRScheduler,
+    "model": MaskedDiffusionLM,
+}
+BUILDER_MODULES = ("jepa", "data", "training", "models.llada", "models.dream", "models.tiny")
+
+
+def builders() -> Iterator[tuple[Key, str]]:
+    """Every builder of the package with the key that it is for, told by what it returns."""
+    for key in TRAINING.keys:
+        for module in (importlib.import_module(f"dllm_jepa.{name}") for name in BUILDER_MODULES):
+            for name in module.__all__:
+                builder = getattr(module, name)
+                product = typing.get_type_hints(builder).get("return") if inspect.isfunction(builder) else None
+                is_tokenizer = inspect.isclass(product) and name.endswith("_tokenizer")
+                wanted = PRODUCTS.get(key.name, ())
+                is_wanted = inspect.isclass(product) and issubclass(product, wanted)
+                if is_wanted or (is_tokenizer and key.name == "tokenizer"):
+                    yield key, f"{module.__name__}.{name}"
+
+
+def argument_text(parameter: inspect.Parameter) -> str:
+    """An argument with its default, if it has one."""
+    has_default = parameter.default is not parameter.empty
+    return f"`{parameter.name}: {yaml_text(parameter.default)}`" if has_default else f"`{parameter.name}`"
+
+
+def builder_rows() -> Iterator[str]:
+    """A line for every builder: its key, its path, the arguments that yaml gives it, and its first sentence."""
+    for key, path in builders():
+        assert isinstance(key.kind, Component)
+        module, _, name = path.rpartition(".")
+        builder = getattr(importlib.import_module(module), name)
+        parameters = list(inspect.signature(builder).parameters.values())[len(key.kind.positional) :]
+        own = [parameter for parameter in parameters if parameter.name not in key.kind.keywords]
+        arguments = ", ".join(argument_text(parameter) for parameter in own)
+        doc = (inspect.getdoc(builder) or "").split("\n\n")[0].replace("\n", " ")
+        yield f"| `{key.name}` | `{path}` | {arguments or '-'} | {doc} |"
+
+
+def generated(name: str) -> list[str]:
+    """Rows of a generated table of docs/configs.md."""
+    text = (REPOSITORY / "docs" / "configs.md").read_text("utf-8")
+    (block,) = re.findall(rf"<!-- begin: {name} -->\n(.*?)<!-- end -->", text, flags=re.DOTALL)
+    return [line for line in block.splitlines() if line.startswith("|")][2:]
+
+
+@pytest.mark.parametrize(("name", "rows"), [("keys", key_rows), ("builders", builder_rows)])
+def test_the_reference_tables_are_those_of_the_code(name: str, rows: typing.Callable[[], Iterator[str]]) -> None:
+    assert generated(name) == list(rows()), "renew the table: python -m tests.test_docs"
+
+
+def test_the_flops_are_those_of_the_benchmark() -> None:
+    committed = sorted((REPOSITORY / "benchmarks" / "results").glob("flops_meta_*.md"))[-1].read_text("utf-8")
+    ratios = [line for line in committed.splitlines() if re.match(r"\|.*\| \d\.\d{3} \|$", line)]
+    results = (REPOSITORY / "docs" / "results.md").read_text("utf-8")
+    assert len(ratios) == 6
+    assert [line for line in ratios if line not in results] == []
+
+
+def test_the_table_of_metrics_has_what_a_run_writes(tmp_path: Path) -> None:
+    rows = table_rows((REPOSITORY / "docs" / "recipes.md").read_text("utf-8"), "metrics.jsonl")
+    documented = {name for row in rows for name in re.findall(r"`(\w[\w.]*)`", row[0])}
+    run = run_here(tmp_path / "run", "max_steps=2", "global_batch_size=40")
+    assert run[0].keys() | run[1].keys() | {"peak_memory_gib"} == documented
+
+
+# Examples
+
+
+def apply_diff(source: str, diff: str) -> str:
+    """A recipe with a diff of its text; every hunk must fit in exactly one place."""
+    for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE)[1:]:
+        old = "".join(line[1:] for line in hunk.splitlines(keepends=True) if line[0] in " -")
+        new = "".join(line[1:] for line in hunk.splitlines(keepends=True) if line[0] in " +")
+        assert source.count(old) == 1, f"the recipe has this {source.count(old)} times, not once:\n{old}"
+        source = source.replace(old, new)
+    return source
+
+
+def sections(page: str) -> dict[str, str]:
+    """Sections of a page that hold an example, by heading."""
+    text = (REPOSITORY / "docs" / page).read_text("utf-8")
+    parts = re.split(r"^## (.*)\n", text, flags=re.MULTILINE)
+    return {head: body for head, body in zip(parts[1::2], parts[2::2], strict=True) if re.search("```(python|diff)", body)}
+
+
+EXAMPLES = {f"{page}: {head}": body for page in ("extending.md", "recipes.md") for head, body in sections(page).items()}
+
+
+@pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES.keys())
+def test_examples_run(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are written, yaml replaces keys of a small config, diffs change the recipe; it trains, then checks run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    known_families, known_modules = dict(FAMILIES), set(sys.modules)
+    blocks = fences(example, "python")
+    files = {match[1]: block for block in blocks if (match := re.match(r"# (my_\w+\.py)\n", block))}
+    for name, block in files.items():
+        Path(name).write_text(block, "utf-8")
+    recipe = RECIPE.stem
+    if diffs := fences(example, "diff"):
+        recipe = "my_recipe"
+        Path("my_recipe.py").write_text(apply_diff(RECIPE.read_text("utf-8"), "".join(diffs)), "utf-8")
+    cfg = load_config([*SMALL, "max_steps=2", "export=true"])
+    for block in fences(example, "yaml"):
+        for key, value in yaml.safe_load(block).items():
+            cfg[key] = value
+    OmegaConf.save(cfg, "my.yaml")
+    try:
+        rows = run_here(tmp_path / "run", recipe=recipe, base=["--config", "my.yaml"])
+        assert [row["step"] for row in rows] == [1, 2]
+        assert all(math.isfinite(row["loss"]) for row in rows)
+        assert rows == metrics(tmp_path / "run")
+        for block in blocks:
+            if block not in files.values():
+                exec(compile(block, "check", "exec"), {"__name__": "check"})
+    finally:
+        FAMILIES.clear()
+        FAMILIES.update(known_families)
+        for name in set(sys.modules) - known_modules:
+            if name.startswith("my_"):
+                del sys.modules[name]
+
+
+def test_there_are_examples() -> None:
+    parts = ("backbone", "tokenizer", "task", "view sampler", "predictor", "loss")
+    assert [part for part in parts if not any(part in name for name in EXAMPLES)] == []
+    for example in EXAMPLES.values():
+        assert all(isinstance(ast.parse(block), ast.Module) for block in fences(example, "python"))
+
+
+if __name__ == "__main__":
+    print(*key_rows(), "", *builder_rows(), sep="\n")
