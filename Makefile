@@ -17,10 +17,10 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint compare install clean
 
 demo: $(STAMP)
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python demo/run.py
 
 compare: $(STAMP)
-	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python demo/compare.py
 
 # Two workers, one thread each: the tests are many small ones, and more threads per process only get in each other's way.
 test: $(STAMP)
