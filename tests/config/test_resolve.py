@@ -136,6 +136,7 @@ def test_the_command_line_is_left_as_it_was(installed: Path, monkeypatch: pytest
         (["--config", "latin.yaml"], "latin.yaml is not UTF-8 text: byte 7"),
         (["--config", "list.yaml"], "list.yaml is not a mapping of keys to values"),
         (["--config", "number.yaml"], "number.yaml cannot be read"),
+        (["--config", "open.yaml"], r"open.yaml is not a config: no viable alternative at input '\$\{b'"),
         (["--config", "own.yaml"], "Cannot use 'config' within a config file"),
     ],
 )
@@ -145,6 +146,7 @@ def test_what_cannot_be_read_is_a_config_error(installed: Path, tmp_path: Path, 
     (tmp_path / "latin.yaml").write_bytes("size: \xe9\n".encode("latin-1").replace(b"size: ", b"mode: a"))
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
     (tmp_path / "number.yaml").write_text("3\n")
+    (tmp_path / "open.yaml").write_text("size: ${b\n")
     (tmp_path / "own.yaml").write_text("config: 1\n")
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         load_config(words)

@@ -1,6 +1,7 @@
 """Every rule on a config has a test on its message; the components are stand-ins."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,17 @@ def only(cfg: DictConfig, launch: Launch | None = None) -> str:
     """The one problem of a config."""
     (line,) = problems(cfg, TRAINING, launch)
     return line
+
+
+def test_components_of_the_working_directory_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "local_parts.py").write_text("def model(): ...\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    cfg = config()
+    cfg.model = {"_component_": "local_parts.model"}
+    assert only(cfg).startswith("model._component_: 'local_parts.model': no module named")
+    monkeypatch.chdir(tmp_path / "project")
+    assert problems(cfg) == []
 
 
 def test_the_base_config_is_valid() -> None:
