@@ -90,12 +90,19 @@ class BatchPlan:
 
     def step(self, step: int) -> StepPlan:
         """The plan of a step, counted from 0 over all epochs."""
-        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-        start = step_of_epoch * self._global_batch_size
-        samples = self._order(epoch)[start : start + self._global_batch_size]
+        samples = self.samples(step)
         split = split_packed if self._packed else split_padded
         bins = split(self._lengths[samples], self._tokens_per_device, self._num_ranks)
-        return StepPlan(epoch, samples, deal(bins, self._num_ranks))
+        return StepPlan(self.epoch(step), samples, deal(bins, self._num_ranks))
+
+    def epoch(self, step: int) -> int:
+        """The epoch, from 0, that a step belongs to."""
+        return step // self.steps_per_epoch
+
+    def samples(self, step: int) -> IntArray:
+        """int64 [G], the dataset indices of a step, in batch order."""
+        start = step % self.steps_per_epoch * self._global_batch_size
+        return self._order(self.epoch(step))[start : start + self._global_batch_size]
 
     def _shuffle(self, epoch: int) -> IntArray:
         generator = np.random.Generator(np.random.Philox(key=[self._seed, 1], counter=[0, 0, 0, epoch]))

@@ -128,11 +128,11 @@ class TrainingBatches:
 
     def epoch(self, step: int) -> int:
         """The epoch, from 0, that a step belongs to."""
-        return self._plan.step(step).epoch
+        return self._plan.epoch(step)
 
     def samples(self, step: int) -> list[int]:
         """Dataset indices of the global batch of a step, for error messages."""
-        return [int(sample) for sample in self._plan.step(step).samples]
+        return [int(sample) for sample in self._plan.samples(step)]
 
     def _draw(self, index: int, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], Any]:
         tokens, maskable = self._dataset[index]
