@@ -22,8 +22,7 @@ from torchtune.config import instantiate
 from dllm_jepa.data import generate_regex_pairs
 from dllm_jepa.errors import ConfigError
 from dllm_jepa.generation import BlockDecoding, DenoisingModel
-from dllm_jepa.models import InitialWeights, MaskedDiffusionLM, load_hf
-from dllm_jepa.models._tokenizer import Tokenizer
+from dllm_jepa.models import InitialWeights, MaskedDiffusionLM, Tokenizer, load_hf
 
 HELDOUT_SEED = 1
 NUM_EXAMPLES = 4

@@ -23,17 +23,20 @@ class Bucket:
     valid: Tensor | None
 
 
-@dataclass(frozen=True)
 class PackedSequences:
     """Where the sequences of a packed row begin and end; it travels through a backbone as its attention mask.
+
+    Not a dataclass: FSDP rebuilds those at every unit that they pass, and what is cached here would be lost.
 
     Args:
         cu_seqlens: int32 [S + 1], cumulative lengths in tokens: sequence s is row[cu_seqlens[s]:cu_seqlens[s + 1]].
         max_seqlen: length in tokens of the longest sequence.
     """
 
-    cu_seqlens: Tensor
-    max_seqlen: int
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int) -> None:
+        """Take the bounds as they are; `from_lengths` makes them."""
+        self.cu_seqlens = cu_seqlens
+        self.max_seqlen = max_seqlen
 
     @classmethod
     def from_lengths(cls, lengths: list[int]) -> "PackedSequences":

@@ -11,6 +11,7 @@ Shape legend: S sequences of a micro-batch, G of the global batch, n masked toke
 """
 
 import math
+from collections import deque
 from contextlib import AbstractContextManager
 
 import torch
@@ -22,7 +23,7 @@ from torchtune.training import compile_model, set_activation_checkpointing
 
 from dllm_jepa import config, training
 from dllm_jepa.data import BatchPlan, MicroBatch, TrainingBatches
-from dllm_jepa.errors import ConfigError, TrainingError
+from dllm_jepa.errors import CheckpointError, ConfigError
 from dllm_jepa.jepa import (
     CollapseMonitor,
     EMATargetEncoder,
@@ -51,9 +52,10 @@ class DLLMJEPAFullRecipe:
     def __init__(self, cfg: DictConfig) -> None:
         """Claim the output directory and join the other ranks."""
         self.cfg = cfg
-        self.run = training.RunDirectory(cfg.output_dir, cfg.resume)
+        self.run = training.RunDirectory(cfg.output_dir, cfg.resume, cfg.max_steps)
         self.ranks = training.Ranks.join(cfg.device, replicate=cfg.data_parallel_replicate_dim)
         self.compute_dtype = DTYPES[cfg.compute_dtype]
+        self.log: training.RunLog | None = None
 
     def setup(self) -> None:
         """Build every part in order of use; what the user may have got wrong comes before what costs memory."""
@@ -62,13 +64,14 @@ class DLLMJEPAFullRecipe:
         with torch.device("meta"):
             self.model: MaskedDiffusionLM = instantiate(cfg.model)
         self.origin = None if cfg.checkpoint_dir is None else HFCheckpoint(cfg.checkpoint_dir)
-        self.check_sizes()
+        if self.origin is not None:
+            self.origin.check(self.model, mask_id=self.tokenizer.mask_id)
+        self.model.check_fits(vocab_size=self.tokenizer.vocab_size, max_seq_len=cfg.max_seq_len)
         self.batches, steps_per_epoch = self.setup_batches()
         self.num_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
         if self.num_steps < self.run.start_step:
             raise ConfigError(f"{self.run.resume_from} is past the last of {self.num_steps} steps: raise max_steps")
-        if self.ranks.is_rank_zero:
-            self.run.open(OmegaConf.to_yaml(cfg, resolve=True))
+        metric_logger = self.setup_metric_logger()
 
         self.setup_model()
         self.trained = nn.ModuleDict({"model": self.model})
@@ -87,27 +90,13 @@ class DLLMJEPAFullRecipe:
         self.lr_scheduler = self.setup_lr_scheduler()
         if self.run.resume_from is not None:
             self.load()
-        self.log = self.setup_log()
-
-    def check_sizes(self) -> None:
-        """Hold model, tokenizer, checkpoint and config against each other, on shapes alone."""
-        sizes, cfg = self.model.sizes, self.cfg
-        if self.origin is not None:
-            self.origin.check(self.model)
-            if (mask_id := self.origin.config.get("mask_token_id", self.tokenizer.mask_id)) != self.tokenizer.mask_id:
-                raise ConfigError(
-                    f"{cfg.checkpoint_dir}/config.json: mask_token_id is {mask_id}, the tokenizer's mask token has id "
-                    f"{self.tokenizer.mask_id}: use the tokenizer of this checkpoint"
-                )
-        if self.tokenizer.vocab_size > sizes.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has ids up to {self.tokenizer.vocab_size - 1}, the model a vocab_size of only "
-                f"{sizes.vocab_size}: set model.vocab_size to at least {self.tokenizer.vocab_size}"
-            )
-        if cfg.max_seq_len > sizes.max_seq_len:
-            raise ConfigError(
-                f"max_seq_len={cfg.max_seq_len} is over the model's context of {sizes.max_seq_len} tokens"
-            )
+        self.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
+        self.ranks.wait()  # until every rank has found the output directory as it was
+        if self.ranks.is_rank_zero:
+            self.run.open(self.config_yaml)
+        self.log = training.RunLog(
+            self.run, metric_logger, self.ranks, num_steps=self.num_steps, log_every_n_steps=cfg.log_every_n_steps
+        )
 
     def setup_batches(self) -> tuple[TrainingBatches, int]:
         """Tokenize the dataset and plan its batches; returns them and the steps of an epoch."""
@@ -137,6 +126,11 @@ class DLLMJEPAFullRecipe:
             pad_id=self.tokenizer.pad_id,
             packed=cfg.packed,
         )
+        if self.ranks.is_rank_zero:
+            print(
+                f"{dataset.source}: {len(dataset):,} sequences, {dataset.num_truncated:,} of them truncated; "
+                f"{plan.steps_per_epoch:,} steps an epoch, which leave out {plan.num_left_out:,} sequences"
+            )
         return batches, plan.steps_per_epoch
 
     def setup_model(self) -> None:
@@ -171,7 +165,8 @@ class DLLMJEPAFullRecipe:
         sizes = self.model.sizes
         with torch.device("meta"):
             predictor: nn.Module = instantiate(self.cfg.predictor, sizes.embed_dim, sizes.mlp_dim)
-        initial = InitialWeights(predictor, seed=self.cfg.seed, num_layers=len(list(predictor.children())))
+        num_layers = self.cfg.predictor.get("num_layers", 1)
+        initial = InitialWeights(predictor, seed=self.cfg.seed, num_layers=num_layers)
         training.shard(predictor, [], self.ranks, self.compute_dtype)
         training.materialize(predictor, initial.read, dtype=DTYPES[self.cfg.dtype], device=self.ranks.device)
         return predictor
@@ -183,15 +178,16 @@ class DLLMJEPAFullRecipe:
         num_training_steps = self.cfg.lr_scheduler.get("num_training_steps") or self.num_steps
         return instantiate(self.cfg.lr_scheduler, self.optimizer, num_training_steps=num_training_steps)
 
-    def setup_log(self) -> training.RunLog:
-        """metrics.jsonl, the bar, and the metric logger."""
-        logger = None
-        if self.ranks.is_rank_zero and self.cfg.metric_logger is not None:
-            logger = instantiate(self.cfg.metric_logger)
-            logger.log_config(self.cfg)
-        return training.RunLog(
-            self.run, logger, self.ranks, num_steps=self.num_steps, log_every_n_steps=self.cfg.log_every_n_steps
-        )
+    def setup_metric_logger(self) -> training.MetricLogger | None:
+        """The metric logger, on rank zero."""
+        if not self.ranks.is_rank_zero or self.cfg.metric_logger is None:
+            return None
+        try:
+            logger: training.MetricLogger = instantiate(self.cfg.metric_logger)
+        except ImportError as error:
+            raise ConfigError(f"metric_logger: {error}; install what it needs, or set metric_logger: null") from error
+        logger.log_config(self.cfg)
+        return logger
 
     def train(self) -> None:
         """The loop."""
@@ -224,7 +220,7 @@ class DLLMJEPAFullRecipe:
                     pooled_rows.append(pooled.detach())
                 if targets is not None:
                     with self.autocast():
-                        pred = self.trained["predictor"](pooled)
+                        pred = self.trained["predictor"](pooled.to(hidden.dtype))
                     alignment_loss = jepa_loss(targets[index], pred, counts)
                     loss = diffusion_loss + cfg.jepa_weight * alignment_loss
                 # 5. Backward
@@ -300,13 +296,12 @@ class DLLMJEPAFullRecipe:
         norm = nn.utils.clip_grad_norm_(self.trained.parameters(), limit)
         grad_norm = float(training.full_tensor(norm))
         losses = sums.read(self.ranks.sum(sums.values), jepa_weight=self.cfg.jepa_weight, penalty=penalty)
-        if not (math.isfinite(losses["loss"]) and math.isfinite(grad_norm)):
-            saved = training.list_checkpoints(self.run.checkpoints)
-            raise TrainingError(
-                f"step {step + 1}: loss {losses['loss']}, gradient norm {grad_norm}; stopped before the update. Dataset"
-                f" indices of its batch: {self.batches.samples(step)}. Last good checkpoint: "
-                f"{saved[-1] if saved else 'none'}. Look at these rows, or try a lower rate"
-            )
+        training.check_finite(
+            step,
+            {"loss": losses["loss"], "gradient norm": grad_norm},
+            samples=self.batches.samples(step),
+            checkpoints=self.run.checkpoints,
+        )
         return losses, grad_norm
 
     def update_weights(self) -> float:
@@ -346,10 +341,10 @@ class DLLMJEPAFullRecipe:
         """Write the training state after `step` optimizer steps."""
         scalars = {
             "monitor": self.monitor.state_dict(),
-            "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+            "lr_scheduler": None if self.lr_scheduler is None else training.lr_scheduler_state(self.lr_scheduler),
         }
-        config_yaml = OmegaConf.to_yaml(self.cfg, resolve=True)
-        training.save_training_state(self.run.checkpoints, step, self.state_tensors(), scalars, config_yaml, self.ranks)
+        tensors = self.state_tensors()
+        training.save_training_state(self.run.checkpoints, step, tensors, scalars, self.config_yaml, self.ranks)
         if self.ranks.is_rank_zero:
             training.remove_old_checkpoints(self.run.checkpoints, self.cfg.checkpoint.keep_last)
 
@@ -357,6 +352,10 @@ class DLLMJEPAFullRecipe:
         """Go on from a training state: the next steps are those of a run that was never interrupted."""
         scalars = training.load_training_state(self.run.resume_from, self.state_tensors(), self.ranks)
         self.monitor.load_state_dict(scalars["monitor"])
+        if (self.lr_scheduler is None) != (scalars["lr_scheduler"] is None):
+            raise CheckpointError(
+                f"{self.run.resume_from} was saved {'without' if self.lr_scheduler else 'with'} a schedule"
+            )
         if self.lr_scheduler is not None:
             training.load_lr_scheduler(self.lr_scheduler, self.optimizer, scalars["lr_scheduler"])
 
@@ -364,22 +363,16 @@ class DLLMJEPAFullRecipe:
         """Write the online model as a Hugging Face directory."""
         weights = training.full_tensors(self.model)
         if self.ranks.is_rank_zero:
-            save_hf(
-                self.model,
-                self.run.export,
-                like=self.cfg.checkpoint_dir,
-                dtype=self.compute_dtype,
-                weights=weights,
-                tokenizer=self.tokenizer,
-            )
+            like, dtype, tokenizer = self.cfg.checkpoint_dir, self.compute_dtype, self.tokenizer
+            save_hf(self.model, self.run.export, like, dtype, weights=weights, tokenizer=tokenizer)
             self.log.say(f"wrote {self.run.export}")
         else:
-            for _ in weights:
-                pass
+            deque(weights, maxlen=0)  # gathering takes part on every rank
 
     def cleanup(self) -> None:
         """Close the log and leave the process group."""
-        self.log.close()
+        if self.log is not None:
+            self.log.close()
         self.ranks.leave()
 
 
@@ -387,11 +380,18 @@ class DLLMJEPAFullRecipe:
 def recipe_main(cfg: DictConfig) -> None:
     """Train, export, leave."""
     recipe = DLLMJEPAFullRecipe(cfg)
-    recipe.setup()
-    recipe.train()
-    if cfg.export:
-        recipe.export()
-    recipe.cleanup()
+    if recipe.run.is_finished:
+        if recipe.ranks.is_rank_zero:
+            print(f"{cfg.output_dir} holds a finished run, exported to {recipe.run.export}: nothing to do")
+        recipe.ranks.leave()
+        return
+    try:
+        recipe.setup()
+        recipe.train()
+        if cfg.export:
+            recipe.export()
+    finally:
+        recipe.cleanup()
 
 
 if __name__ == "__main__":

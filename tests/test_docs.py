@@ -268,7 +268,7 @@ def builders() -> Iterator[tuple[Key, str]]:
                 product = typing.get_type_hints(builder).get("return") if inspect.isfunction(builder) else None
                 is_tokenizer = inspect.isclass(product) and name.endswith("_tokenizer")
                 wanted = PRODUCTS.get(key.name, ())
-                is_wanted = inspect.isclass(product) and issubclass(product, wanted)
+                is_wanted = inspect.isclass(product) and issubclass(product, wanted) and name != "build_sequences"
                 if is_wanted or (is_tokenizer and key.name == "tokenizer"):
                     yield key, f"{module.__name__}.{name}"
 

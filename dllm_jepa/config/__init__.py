@@ -15,7 +15,7 @@ from dllm_jepa.config._parse import load_config, parse, read_config
 from dllm_jepa.config._resolve import find_configs, find_recipes, resolve_config
 from dllm_jepa.config._rules import Launch
 from dllm_jepa.config._schema import TRAINING, Schema
-from dllm_jepa.config._validate import problems, save_resolved, validate, warnings, with_defaults
+from dllm_jepa.config._validate import problems, validate, warnings, with_defaults
 
 __all__ = [
     "REQUIRED",
@@ -37,7 +37,6 @@ __all__ = [
     "problems",
     "read_config",
     "resolve_config",
-    "save_resolved",
     "validate",
     "warnings",
     "with_defaults",

@@ -159,6 +159,8 @@ def _type_problems(key: str, arguments: Mapping[str, Any], annotations: Mapping[
 
 def _spell(annotation: Any) -> str:
     """Write an annotation the way a user would."""
+    if typing.get_origin(annotation) is Literal:
+        return " or ".join(map(str, typing.get_args(annotation)))
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
 

@@ -46,7 +46,9 @@ class Schema:
 
 OUTPUT = (
     Key("output_dir", Text("a path"), "folder that the run writes to; refused if it holds another run"),
-    Key("seed", Number(integer=True, low=0), "decides initial weights, data order and masks", default=0),
+    Key(
+        "seed", Number(integer=True, low=0, high=2**32 - 1), "decides initial weights, data order and masks", default=0
+    ),
     Key("device", Choice(("cpu", "cuda")), "where the model is", default="cuda"),
 )
 
@@ -112,7 +114,7 @@ DATA = (
         ),
         "builder of the task: rows to tokens",
     ),
-    Key("max_seq_len", Number(integer=True, low=2), "longest sequence, tokens"),
+    Key("max_seq_len", Number(integer=True, low=4), "longest sequence, tokens"),
     Key("global_batch_size", _COUNT, "sequences per optimizer step, over all ranks"),
     Key("tokens_per_device", _COUNT, "tokens per micro-batch and rank: the memory knob, does not change the loss"),
     Key("packed", Flag(), "pack sequences without padding; false = pad each micro-batch", default=True),
@@ -151,7 +153,9 @@ OPTIMIZER = (
 
 LOOP = (
     Key("epochs", _COUNT, "passes over the data"),
-    Key("max_steps", _COUNT, "stop after so many optimizer steps; null = no limit", None, nullable=True),
+    Key(
+        "max_steps", _COUNT, "optimizer steps, whatever epochs says; null = as many as epochs give", None, nullable=True
+    ),
     Key("dtype", _FLOATS, "stored weights", default="fp32"),
     Key("compute_dtype", _FLOATS, "matrix products; fp32 on the CPU", default="fp32"),
     Key("compile", Flag(), "torch.compile on every layer", default=False),

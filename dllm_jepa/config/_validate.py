@@ -32,6 +32,8 @@ def _filled(given: dict[str, Any], keys: tuple[Key, ...]) -> dict[str, Any]:
             filled[key.name] = given[key.name]
         elif key.default is not REQUIRED:
             filled[key.name] = key.default
+        if isinstance(key.kind, Component) and isinstance(filled.get(key.name), str):
+            filled[key.name] = {"_component_": filled[key.name]}  # key=package.builder where the yaml has null
         if isinstance(key.kind, Section) and isinstance(filled.get(key.name), dict):
             filled[key.name] = _filled(filled[key.name], key.kind.keys)
     return filled | {name: value for name, value in given.items() if name not in filled}
@@ -82,11 +84,6 @@ def warnings(cfg: DictConfig, schema: Schema = TRAINING) -> list[str]:
     """Return what a valid config should be warned about, one line each."""
     values, _ = _plain(with_defaults(cfg, schema), "")
     return _rule_problems(schema.warnings, values, set())
-
-
-def save_resolved(cfg: DictConfig, path: Path) -> None:
-    """Write a config as yaml, references resolved; the file can be given to `--config` again."""
-    path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
 
 
 def _let_components_import_from_here() -> None:

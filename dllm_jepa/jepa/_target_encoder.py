@@ -64,8 +64,12 @@ class EMATargetEncoder:
     def update(self, online_backbone: nn.Module) -> None:
         """Move towards the online weights: average <- tau * average + (1 - tau) * online. Call after the optimizer."""
         averages: list[Tensor] = list(self.backbone.parameters())
-        online = [param.float() for param in online_backbone.parameters()]
-        torch._foreach_lerp_(averages, online, 1 - self.ema_decay)
+        online: list[Tensor] = list(online_backbone.parameters())
+        if all(param.dtype == torch.float32 for param in online):
+            torch._foreach_lerp_(averages, online, 1 - self.ema_decay)
+            return
+        for average, param in zip(averages, online, strict=True):  # never a second fp32 copy of the whole model
+            average.lerp_(param.float(), 1 - self.ema_decay)
 
 
 def ema_target_encoder(backbone: nn.Module, *, ema_decay: float = 0.996) -> EMATargetEncoder:

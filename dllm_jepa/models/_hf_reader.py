@@ -60,13 +60,22 @@ class HFCheckpoint:
             if key != "max_seq_len" and getattr(self.sizes, key) != getattr(model.sizes, key)
         ]
 
-    def check(self, model: MaskedDiffusionLM) -> None:
+    def check(self, model: MaskedDiffusionLM, *, mask_id: int | None = None) -> None:
         """Hold a model (on any device, before sharding) against the files.
+
+        Args:
+            model: the model to be filled.
+            mask_id: mask token id of the tokenizer in use; None does not check it.
 
         Raises:
             CheckpointError: listing all differences in architecture, or all missing, unexpected and mis-shaped tensors.
         """
         problems = self.architecture_differences(model)
+        if mask_id is not None and self.config.get("mask_token_id", mask_id) != mask_id:
+            problems.append(
+                f"mask_token_id is {self.config['mask_token_id']} in config.json, the tokenizer's mask token has id "
+                f"{mask_id}: use the tokenizer of this checkpoint"
+            )
         if not problems:
             shapes = {self._names[name]: tuple(param.shape) for name, param in model.named_parameters()}
             problems += [

@@ -12,7 +12,8 @@ class InitialWeights:
 
     Every tensor depends on (seed, name, shape) alone, so any number of ranks, each reading its own rows, starts from
     the same model. Matrices are normal with standard deviation `std`; those that write into the residual stream are
-    divided by sqrt(2 * num_layers), so that its variance does not grow with depth (GPT-2). Norm scales are 1, biases 0.
+    divided by sqrt(2 * num_layers), so that its variance does not grow with depth (GPT-2). Scales of norms are 1 (so is
+    any other vector called weight), biases 0.
 
     Args:
         module: module (the meta device will do) whose parameters are asked for.
@@ -38,7 +39,7 @@ class InitialWeights:
             fp32 tensor on CPU.
         """
         shape = self._shapes[name]
-        if name.endswith("scale"):
+        if name.endswith("scale") or (name.endswith("weight") and len(shape) == 1):
             weights = torch.ones(shape)
         elif name.endswith("bias"):
             weights = torch.zeros(shape)

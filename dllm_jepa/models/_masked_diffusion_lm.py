@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.modules import FeedForward, TransformerSelfAttentionLayer
 
+from dllm_jepa.errors import ConfigError
 from dllm_jepa.models._attention import AttentionMask, BidirectionalAttention, CastRMSNorm, RotaryEmbedding
 from dllm_jepa.packing import PackedSequences
 
@@ -163,6 +164,26 @@ class MaskedDiffusionLM(nn.Module):
         _, logits = self(tokens, attention_mask=attention_mask, logits_at=everywhere)
         assert isinstance(logits, Tensor)
         return logits.view(*tokens.shape, -1)
+
+    def check_fits(self, *, vocab_size: int, max_seq_len: int) -> None:
+        """Refuse a tokenizer or a sequence length that the model has no place for.
+
+        Args:
+            vocab_size: ids of the tokenizer.
+            max_seq_len: longest sequence in tokens.
+
+        Raises:
+            ConfigError: naming the key, the value and the model's size.
+        """
+        if vocab_size > self.sizes.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has ids up to {vocab_size - 1}, the model a vocab_size of only {self.sizes.vocab_size}:"
+                f" set model.vocab_size to at least {vocab_size}"
+            )
+        if max_seq_len > self.sizes.max_seq_len:
+            raise ConfigError(
+                f"max_seq_len={max_seq_len} is over the model's context of {self.sizes.max_seq_len} tokens: lower it"
+            )
 
     def _score(self, hidden: Tensor) -> Tensor:
         if self.head is None:

@@ -15,6 +15,8 @@ from dllm_jepa.training._run_directory import RunDirectory
 class MetricLogger(Protocol):
     """The part of torchtune's metric loggers that a run needs."""
 
+    def log_config(self, config: Any) -> None: ...  # noqa: D102
+
     def log_dict(self, payload: dict[str, Any], step: int) -> None: ...  # noqa: D102
 
     def close(self) -> None: ...  # noqa: D102

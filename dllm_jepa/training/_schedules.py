@@ -46,6 +46,17 @@ def cosine_with_warmup(
     return LambdaLR(optimizer, share)
 
 
+def lr_scheduler_state(scheduler: LRScheduler) -> dict[str, Any]:
+    """The state of a schedule as JSON can hold it: torchao's optimizers keep their rates in tensors."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.item()
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return {key: plain(value) for key, value in scheduler.state_dict().items()}
+
+
 def load_lr_scheduler(scheduler: LRScheduler, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Restore a schedule, and the rates of the optimizer that follow from it.
 

@@ -17,7 +17,6 @@ from dllm_jepa.config import (
     Number,
     Schema,
     problems,
-    save_resolved,
     validate,
     warnings,
     with_defaults,
@@ -128,9 +127,9 @@ def test_question_marks_must_be_set(key: str) -> None:
         ("output_dir=3", ["output_dir: 3 given, must be a path"]),
         ("output_dir=${nowhere}", ["output_dir: cannot be resolved", "nowhere"]),
         ("output_dir=' '", ['output_dir: " " given, must be a path']),
-        ("seed=-1", ["seed: -1 given, must be an integer >= 0"]),
-        ("seed=1.5", ["seed: 1.5 given, must be an integer >= 0"]),
-        ("seed=true", ["seed: true given, must be an integer >= 0"]),
+        ("seed=-1", ["seed: -1 given, must be an integer in [0, 4294967295]"]),
+        ("seed=1.5", ["seed: 1.5 given, must be an integer in [0, 4294967295]"]),
+        ("seed=true", ["seed: true given, must be an integer in [0, 4294967295]"]),
         ("epochs=ten", ['epochs: "ten" given, must be an integer >= 1']),
         ("epochs=null", ["epochs: null given, must be an integer >= 1 ("]),
         ("device=gpu", ['device: "gpu" given, must be one of cpu, cuda']),
@@ -142,14 +141,14 @@ def test_question_marks_must_be_set(key: str) -> None:
         ("jepa_ratio=0", ["jepa_ratio: 0 given, must be a number in (0, 1] or null"]),
         ("jepa_ratio=1.1", ["jepa_ratio: 1.1 given, must be a number in (0, 1] or null"]),
         ("monitor_every=-1", ["monitor_every: -1 given, must be an integer >= 0"]),
-        ("max_seq_len=1", ["max_seq_len: 1 given, must be an integer >= 2"]),
+        ("max_seq_len=1", ["max_seq_len: 1 given, must be an integer >= 4"]),
         ("global_batch_size=0", ["global_batch_size: 0 given, must be an integer >= 1"]),
         ("loss_weight=sum", ['loss_weight: "sum" given, must be one of mean, inverse_ratio, token']),
         ("clip_grad_norm=0", ["clip_grad_norm: 0 given, must be a number > 0 or null"]),
         ("packed=1", ["packed: 1 given, must be true or false"]),
         ("dtype=fp16", ["dtype: fp16 is not offered:", "take bf16 or fp32"]),
         ("compute_dtype=fp16", ["compute_dtype: fp16 is not offered:", "take bf16 or fp32"]),
-        ("optimizer=torch.optim.AdamW", ['optimizer: "torch.optim.AdamW" given', "`_component_: package.builder`"]),
+        ("optimizer=3", ["optimizer: 3 given", "`_component_: package.builder`"]),
         ("model=null", ["model: null given, must be a mapping with `_component_"]),
         # Components
         ("model._component_=nowhere.model", ["model._component_: 'nowhere.model': no module named 'nowhere'"]),
@@ -176,7 +175,7 @@ def test_question_marks_must_be_set(key: str) -> None:
         ("predictor.num_layers=[1]", ["predictor.num_layers: [1] given, must be int"]),
         ("target_encoder.ema_decay=1.0", ["target_encoder.ema_decay: 1.0 given, must be a number in [0, 1)"]),
         ("target_encoder.ema_decay=-0.1", ["target_encoder.ema_decay: -0.1 given, must be a number in [0, 1)"]),
-        ("dataset.too_long=drop", ["dataset.too_long: \"drop\" given, must be Literal['truncate', 'refuse']"]),
+        ("dataset.too_long=drop", ['dataset.too_long: "drop" given, must be truncate or refuse']),
         ("dataset.limit=some", ['dataset.limit: "some" given, must be']),
         ("dataset.max_seq_len=8", ["dataset.max_seq_len: 8 given, but the recipe passes this one itself"]),
         ("dataset.eos_fill=-1", ["dataset.eos_fill: -1 given, must be an integer >= 0"]),
@@ -401,7 +400,7 @@ def test_every_default_is_allowed_by_its_own_key() -> None:
 
 def test_the_saved_config_is_complete_and_runs_again(tmp_path: Path) -> None:
     cfg = with_defaults(config("tokenizer.path=${output_dir}/words.json"))
-    save_resolved(cfg, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     saved: dict[str, Any] = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert list(saved) == [key.name for key in TRAINING.keys]
     assert saved["tokenizer"]["path"] == "runs/x/words.json"

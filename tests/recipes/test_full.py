@@ -253,7 +253,7 @@ def exits_with(capsys: pytest.CaptureFixture[str], output_dir: Path, *overrides:
         (("checkpoint_dir={assets}/dream_tiny",), "model_type 'Dream', the configured model is of family 'llada'"),
         (("checkpoint_dir={assets}/llada_tiny",), "vocab_size is 320 in config.json, 512 in the configured model"),
         (("checkpoint_dir={assets}",), "has no config.json"),
-        (("checkpoint_dir={other_mask}",), "mask_token_id is 7, the tokenizer's mask token has id"),
+        (("checkpoint_dir={other_mask}",), "mask_token_id is 7 in config.json, the tokenizer's mask token has id"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
@@ -269,12 +269,61 @@ def test_bad_input_is_refused_before_anything_is_written(
 
 
 def test_another_run_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_here(tmp_path / "run", "max_steps=1")
+    run_here(tmp_path / "run", "max_steps=1", "checkpoint.every_n_steps=1")
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
     message = exits_with(capsys, tmp_path / "run", "max_steps=1")
     assert "already holds a run" in message
     assert "resume=auto" in message
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_here(tmp_path / "run", "max_steps=2", "export=true", "checkpoint.every_n_steps=2")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    run_here(tmp_path / "run", "max_steps=2", "export=true", "resume=auto")
+    assert "holds a finished run" in capsys.readouterr().out
+    message = exits_with(capsys, tmp_path / "run", "max_steps=4", "resume=auto")
+    assert f"holds the export of 2 steps: move {tmp_path}/run/hf away to go on to max_steps=4" in message
+    message = exits_with(capsys, tmp_path / "run", f"resume={tmp_path}/run/checkpoints/step_00000002", "max_steps=4")
+    assert "already holds the export of a finished run" in message
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_a_start_that_failed_does_not_bar_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("dllm_jepa.training.materialize", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            run_here(tmp_path / "run", "max_steps=1")
+    assert [row["step"] for row in run_here(tmp_path / "run", "max_steps=1")] == [1]
+
+
+def test_bf16_weights_train_on_cpu_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run_here(tmp_path / "run", "dtype=bf16", "optimizer.lr=1e-5", "max_steps=2")
+    assert "warning" in capsys.readouterr().err
+    expected = run_here(tmp_path / "fp32", "optimizer.lr=1e-5", "max_steps=2")
+    assert [row["loss"] for row in rows] == [pytest.approx(row["loss"], rel=2e-2) for row in expected]
+
+
+def test_later_training_states_are_not_mixed_with_a_new_branch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_here(tmp_path / "run", "checkpoint={every_n_steps: 2, keep_last: null}")
+    message = exits_with(capsys, tmp_path / "run", f"resume={tmp_path}/run/checkpoints/step_00000002")
+    assert "holds training states after" in message
+    assert "step_00000004, step_00000006" in message
+
+
+def test_a_refused_resume_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_here(tmp_path / "run", "max_steps=3", "checkpoint.every_n_steps=2")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for override, expected in ((PLAIN[0], "is of another run"), ("lr_scheduler=null", "was saved with a schedule")):
+        assert expected in exits_with(capsys, tmp_path / "run", "resume=auto", override)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_component_where_the_yaml_has_null(tmp_path: Path) -> None:
+    logger = "metric_logger=torchtune.training.metric_logging.StdoutLogger"
+    assert len(run_here(tmp_path / "run", logger, "max_steps=1")) == 1
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,9 +49,17 @@ def test_a_fresh_run(tmp_path: Path) -> None:
     ]
 
 
-def test_every_run_writes_metrics_even_without_a_step(tmp_path: Path) -> None:
+def test_a_run_that_died_before_its_first_step_holds_nothing(tmp_path: Path) -> None:
     run_for(tmp_path, 0)
-    assert steps_in(tmp_path) == []
+    run_for(tmp_path, 1)
+    assert steps_in(tmp_path) == [1]
+
+
+def test_a_finished_run_is_known_by_its_export(tmp_path: Path) -> None:
+    run_for(tmp_path, 1)
+    assert not RunDirectory(tmp_path, "auto").is_finished
+    (tmp_path / "hf").mkdir()
+    assert RunDirectory(tmp_path, "auto").is_finished
 
 
 @pytest.mark.parametrize("resume", ["never", "auto"])
@@ -65,14 +73,14 @@ def test_an_existing_directory_with_other_files_is_fine(tmp_path: Path, resume: 
 def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path, held: str) -> None:
     (tmp_path / held).mkdir() if "." not in held else (tmp_path / held).write_text("")
     before = tree(tmp_path)
-    with pytest.raises(LaunchError, match=rf"output_dir=.* already holds a run \({held}\); .*resume=auto"):
+    with pytest.raises(LaunchError, match=rf"output_dir=.* already holds a run \({held}\); nothing is overwritten"):
         RunDirectory(tmp_path, "never")
     assert tree(tmp_path) == before
 
 
 def test_a_finished_run_is_refused_with_all_it_holds(tmp_path: Path) -> None:
     run_for(tmp_path, 2)
-    with pytest.raises(LaunchError, match=r"\(metrics.jsonl, checkpoints\)"):
+    with pytest.raises(LaunchError, match=r"\(metrics.jsonl\)"):
         RunDirectory(tmp_path, "never")
     assert steps_in(tmp_path) == [1, 2]
 
@@ -121,11 +129,35 @@ def test_looking_at_a_run_to_resume_writes_nothing(tmp_path: Path) -> None:
 
 def test_resume_by_path(tmp_path: Path) -> None:
     run_for(tmp_path, 9)
-    early, _ = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
+    early = checkpoint(tmp_path, 4)
     run = RunDirectory(tmp_path, str(early))
     assert (run.resume_from, run.start_step) == (early, 4)
     run_for(tmp_path, 1, str(early))
     assert steps_in(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_only_a_run_with_a_checkpoint_is_offered_to_resume(tmp_path: Path) -> None:
+    run_for(tmp_path, 5)
+    with pytest.raises(LaunchError) as error:
+        RunDirectory(tmp_path, "never")
+    assert "resume=auto" not in str(error.value)
+    checkpoint(tmp_path, 4)
+    with pytest.raises(LaunchError, match="or go on with it by resume=auto"):
+        RunDirectory(tmp_path, "never")
+
+
+def test_a_branch_among_later_checkpoints_is_refused(tmp_path: Path) -> None:
+    run_for(tmp_path, 9)
+    early, late = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
+    with pytest.raises(LaunchError, match=f"holds training states after .*: {late.name};"):
+        RunDirectory(tmp_path, str(early))
+    assert RunDirectory(tmp_path, str(late)).start_step == 8
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LaunchError, match=r"cannot be made: .*file is not a folder"):
+        RunDirectory(tmp_path / "file" / "run", "never")
 
 
 def test_resume_another_run_into_a_fresh_directory(tmp_path: Path) -> None:

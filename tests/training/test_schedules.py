@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dllm_jepa.training import cosine_with_warmup, load_lr_scheduler
+from dllm_jepa.training import cosine_with_warmup, load_lr_scheduler, lr_scheduler_state
 
 PEAK = 0.4
 
@@ -107,3 +107,21 @@ def test_every_group_keeps_its_own_peak() -> None:
     sgd = torch.optim.SGD([{"params": [first], "lr": 1.0}, {"params": [second], "lr": 0.1}])
     cosine_with_warmup(sgd, num_training_steps=10, num_warmup_steps=4)
     assert [group["lr"] for group in sgd.param_groups] == pytest.approx([0.25, 0.025])
+
+
+def test_rates_in_tensors_are_saved_as_json() -> None:
+    """As torchao's optimizers keep them."""
+    param = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([param], lr=torch.tensor(0.5), foreach=False)
+    scheduler = cosine_with_warmup(optimizer, num_training_steps=10, num_warmup_steps=2)
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+    state = json.loads(json.dumps(lr_scheduler_state(scheduler)))
+    again = torch.optim.AdamW([param], lr=torch.tensor(0.5), foreach=False)
+    restored = cosine_with_warmup(again, num_training_steps=10, num_warmup_steps=2)
+    load_lr_scheduler(restored, again, state)
+    assert float(again.param_groups[0]["lr"]) == float(optimizer.param_groups[0]["lr"])
+    scheduler.step()
+    restored.step()
+    assert float(again.param_groups[0]["lr"]) == float(optimizer.param_groups[0]["lr"])

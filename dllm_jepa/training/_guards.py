@@ -1,0 +1,33 @@
+"""Stopping a run before it ruins its weights."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dllm_jepa.errors import TrainingError
+from dllm_jepa.training._checkpoint import list_checkpoints
+
+_MAX_NAMED = 64
+
+
+def check_finite(step: int, values: Mapping[str, float], *, samples: Sequence[int], checkpoints: Path) -> None:
+    """Refuse to go on with a broken number; call before the optimizer.
+
+    Args:
+        step: step number from 0.
+        values: numbers of the global batch, by name, the same on every rank.
+        samples: dataset indices of the batch.
+        checkpoints: where the training states of the run stand.
+
+    Raises:
+        TrainingError: if a value is not finite; it names the step, the batch and the last training state.
+    """
+    if all(map(math.isfinite, values.values())):
+        return
+    saved = list_checkpoints(checkpoints)
+    named = ", ".join(map(str, samples[:_MAX_NAMED])) + (", ..." if len(samples) > _MAX_NAMED else "")
+    numbers = ", ".join(f"{name} {value}" for name, value in values.items())
+    raise TrainingError(
+        f"step {step + 1}: {numbers}; stopped before the update. Dataset indices of its batch: [{named}]. Last good "
+        f"checkpoint: {saved[-1] if saved else 'none'}. Look at these sequences, or try a lower rate"
+    )
