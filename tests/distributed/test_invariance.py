@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.launching import metrics, run_here, run_on_ranks
 
 SAVED = ("checkpoint.every_n_steps=6", "checkpoint.keep_last=1")
+TIED = ("model.tie_embeddings=true", "jepa_every=2", "l2_anchor_weight=0.1")
 SHUFFLED = ("shuffle_targets=true",)
 ONE_BATCH, SMALL_BATCHES, PADDED = ("tokens_per_device=4000",), ("tokens_per_device=130",), ("packed=false",)
 HALF = ("max_steps=3", "lr_scheduler.num_training_steps=6", "checkpoint.every_n_steps=3")
@@ -30,6 +31,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "padded": (*PADDED, "tokens_per_device=300", *SAVED),
         "recomputed": ("enable_activation_checkpointing=true", *SAVED),
         "shuffled": (*SHUFFLED, *SAVED),
+        "tied": (*TIED, *SAVED),
         "half": HALF,
         "whole": ("checkpoint.every_n_steps=3",),
     }
@@ -39,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "two_ranks": (*ONE_BATCH, *SAVED),
         "two_ranks_small_batches": (*SMALL_BATCHES, *SAVED),
         "two_ranks_padded": (*PADDED, "tokens_per_device=300", *SAVED),
-        "two_ranks_replicated": ("data_parallel_replicate_dim=2", *SAVED),
+        "two_ranks_tied": (*TIED, *SAVED),
         "two_ranks_recomputed": ("enable_activation_checkpointing=true", *SAVED),
         "two_ranks_shuffled": (*SHUFFLED, *SMALL_BATCHES, *SAVED),
         "two_ranks_whole": ("checkpoint.every_n_steps=3",),
@@ -47,6 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "two_ranks_half_again": HALF,
     }
     run_on_ranks(2, {directory / name: list(overrides) for name, overrides in on_two_ranks.items()})
+    run_on_ranks(4, {directory / "two_by_two_ranks": ["data_parallel_replicate_dim=2", *SAVED]})
     run_on_ranks(2, {directory / "two_ranks_half": list(REST), directory / "half": list(REST)})
     run_here(directory / "two_ranks_half_again", *REST)
     return directory
@@ -89,7 +92,8 @@ def assert_same_weights(run: Path, reference: Path, rel: float) -> None:
         ("two_ranks", "reference"),
         ("two_ranks_small_batches", "reference"),
         ("two_ranks_padded", "reference"),
-        ("two_ranks_replicated", "reference"),
+        ("two_by_two_ranks", "reference"),
+        ("two_ranks_tied", "tied"),
         ("two_ranks_recomputed", "reference"),
         ("two_ranks_shuffled", "shuffled"),
     ],
