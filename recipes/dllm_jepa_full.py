@@ -12,7 +12,8 @@ Shape legend: S sequences of a micro-batch, G of the global batch, n masked toke
 
 import math
 from collections import deque
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -23,7 +24,7 @@ from torchtune.training import compile_model, set_activation_checkpointing
 
 from dllm_jepa import config, training
 from dllm_jepa.data import BatchPlan, MicroBatch, TrainingBatches
-from dllm_jepa.errors import CheckpointError, ConfigError
+from dllm_jepa.errors import ConfigError
 from dllm_jepa.jepa import (
     CollapseMonitor,
     EMATargetEncoder,
@@ -37,7 +38,7 @@ from dllm_jepa.jepa import (
     pool,
     shuffled_partners,
 )
-from dllm_jepa.models import HFCheckpoint, InitialWeights, MaskedDiffusionLM, init_rope, save_hf
+from dllm_jepa.models import HFCheckpoint, InitialWeights, MaskedDiffusionLM, init_rope, model_card, save_hf
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -47,19 +48,22 @@ class DLLMJEPAFullRecipe:
 
     Args:
         cfg: checked config; docs/configs.md lists its keys.
+        ranks: the processes of the run.
+        run: its output directory, and what it goes on from.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
-        """Claim the output directory and join the other ranks."""
+    def __init__(self, cfg: DictConfig, ranks: training.Ranks, run: training.RunDirectory) -> None:
+        """Hold on to what the run is made from; `setup` builds its parts."""
         self.cfg = cfg
-        self.run = training.RunDirectory(cfg.output_dir, cfg.resume, cfg.max_steps)
-        self.ranks = training.Ranks.join(cfg.device, replicate=cfg.data_parallel_replicate_dim)
+        self.ranks = ranks
+        self.run = run
         self.compute_dtype = DTYPES[cfg.compute_dtype]
-        self.log: training.RunLog | None = None
+        self.cleanup = ExitStack()  # what has to be closed, however the run ends
 
     def setup(self) -> None:
         """Build every part in order of use; what the user may have got wrong comes before what costs memory."""
         cfg = self.cfg
+        self.signals = self.cleanup.enter_context(training.StopSignals())
         self.tokenizer = instantiate(cfg.tokenizer)
         with torch.device("meta"):
             self.model: MaskedDiffusionLM = instantiate(cfg.model)
@@ -67,10 +71,15 @@ class DLLMJEPAFullRecipe:
         if self.origin is not None:
             self.origin.check(self.model, mask_id=self.tokenizer.mask_id)
         self.model.check_fits(vocab_size=self.tokenizer.vocab_size, max_seq_len=cfg.max_seq_len)
-        self.batches, steps_per_epoch = self.setup_batches()
+        changes = [] if self.run.resume_from is None else config.check_resume(cfg, self.run.resume_from.config)
+        self.batches, steps_per_epoch, data = self.setup_batches()
         self.num_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
-        if self.num_steps < self.run.start_step:
-            raise ConfigError(f"{self.run.resume_from} is past the last of {self.num_steps} steps: raise max_steps")
+        self.run.check_steps(self.num_steps)
+        model = {"family": self.model.family, "sizes": asdict(self.model.sizes)}
+        self.facts = training.run_facts(self.ranks, seed=cfg.seed, base=cfg.checkpoint_dir, model=model, data=data)
+        if self.run.resume_from is not None:
+            training.check_trained(self.run.resume_from, "model", self.model)
+            changes += training.compare_facts(self.run.resume_from.state, self.facts, override=cfg.resume_override)
         metric_logger = self.setup_metric_logger()
 
         self.setup_model()
@@ -88,18 +97,37 @@ class DLLMJEPAFullRecipe:
         )
         self.optimizer = instantiate(cfg.optimizer, self.trained.parameters())
         self.lr_scheduler = self.setup_lr_scheduler()
+        self.state = training.TrainingState(
+            self.trained,
+            self.optimizer,
+            self.lr_scheduler,
+            parts={"target": self.target_encoder, "monitor": self.monitor, "anchor": self.anchor},
+        )
         if self.run.resume_from is not None:
-            self.load()
+            self.state.load(self.run.resume_from, self.ranks, override=cfg.resume_override)
+
         self.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
-        self.ranks.wait()  # until every rank has found the output directory as it was
-        if self.ranks.is_rank_zero:
-            self.run.open(self.config_yaml)
+        self.run.open(self.config_yaml, changes)
         self.log = training.RunLog(
             self.run, metric_logger, self.ranks, num_steps=self.num_steps, log_every_n_steps=cfg.log_every_n_steps
         )
+        self.cleanup.callback(self.log.close)
+        if metric_logger is not None:
+            metric_logger.log_config(cfg)
+        self.checkpoints = training.CheckpointWriter(
+            self.run.checkpoints,
+            self.ranks,
+            config_yaml=self.config_yaml,
+            facts=self.facts,
+            every_n_steps=cfg.checkpoint.every_n_steps,
+            keep_last=cfg.checkpoint.keep_last,
+            keep_every=cfg.checkpoint.keep_every,
+            async_save=cfg.checkpoint.async_save,
+        )
+        self.cleanup.callback(self.checkpoints.close)
 
-    def setup_batches(self) -> tuple[TrainingBatches, int]:
-        """Tokenize the dataset and plan its batches; returns them and the steps of an epoch."""
+    def setup_batches(self) -> tuple[TrainingBatches, int, dict[str, str | int]]:
+        """Tokenize the dataset and plan its batches; returns them, the steps of an epoch, and what tells the data."""
         cfg = self.cfg
         dataset = instantiate(
             cfg.dataset,
@@ -127,11 +155,8 @@ class DLLMJEPAFullRecipe:
             packed=cfg.packed,
         )
         if self.ranks.is_rank_zero:
-            print(
-                f"{dataset.source}: {len(dataset):,} sequences, {dataset.num_truncated:,} of them truncated; "
-                f"{plan.steps_per_epoch:,} steps an epoch, which leave out {plan.num_left_out:,} sequences"
-            )
-        return batches, plan.steps_per_epoch
+            print(f"{dataset}; {plan}")
+        return batches, plan.steps_per_epoch, dataset.facts()
 
     def setup_model(self) -> None:
         """Wrap, shard and fill the online model."""
@@ -183,11 +208,9 @@ class DLLMJEPAFullRecipe:
         if not self.ranks.is_rank_zero or self.cfg.metric_logger is None:
             return None
         try:
-            logger: training.MetricLogger = instantiate(self.cfg.metric_logger)
+            return instantiate(self.cfg.metric_logger)
         except ImportError as error:
             raise ConfigError(f"metric_logger: {error}; install what it needs, or set metric_logger: null") from error
-        logger.log_config(self.cfg)
-        return logger
 
     def train(self) -> None:
         """The loop."""
@@ -237,8 +260,13 @@ class DLLMJEPAFullRecipe:
             health = self.check_health(step, losses, pooled_rows, micro_batches)
             row = {"epoch": self.batches.epoch(step), **losses, "grad_norm": grad_norm, "lr": learning_rate}
             self.log.write(step, row | counts.metrics() | {"micro_batches": len(micro_batches)} | health)
-            if cfg.checkpoint.every_n_steps and (step + 1) % cfg.checkpoint.every_n_steps == 0:
+            stopped_by = self.signals.agreed(self.ranks)
+            if stopped_by or self.checkpoints.is_due(step + 1, num_steps=self.num_steps):
                 self.save(step + 1)
+            if stopped_by:
+                self.checkpoints.finish()
+                raise training.Stopped(stopped_by)
+        self.checkpoints.finish()
 
     def autocast(self) -> AbstractContextManager[None]:
         """bf16 matrix products in one process; sharded weights are already gathered in the compute type."""
@@ -326,72 +354,47 @@ class DLLMJEPAFullRecipe:
             self.log.say(f"warning: step {step + 1}: {warning}")
         return health | {"target_cosine": 1 - losses["jepa_loss"]} if self.aligns(step) else health
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the training state, live."""
-        parts = {
-            "trained": self.trained.state_dict(),
-            "target": {} if self.target_encoder is None else self.target_encoder.backbone.state_dict(),
-            "optimizer": training.optimizer_tensors(self.optimizer, self.trained),
-            "monitor": self.monitor.tensors(),
-            "anchor": {} if self.anchor is None else self.anchor.tensors(),
-        }
-        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-
     def save(self, step: int) -> None:
         """Write the training state after `step` optimizer steps."""
-        scalars = {
-            "monitor": self.monitor.state_dict(),
-            "lr_scheduler": None if self.lr_scheduler is None else training.lr_scheduler_state(self.lr_scheduler),
-        }
-        tensors = self.state_tensors()
-        training.save_training_state(self.run.checkpoints, step, tensors, scalars, self.config_yaml, self.ranks)
-        if self.ranks.is_rank_zero:
-            training.remove_old_checkpoints(self.run.checkpoints, self.cfg.checkpoint.keep_last)
-
-    def load(self) -> None:
-        """Go on from a training state: the next steps are those of a run that was never interrupted."""
-        scalars = training.load_training_state(self.run.resume_from, self.state_tensors(), self.ranks)
-        self.monitor.load_state_dict(scalars["monitor"])
-        if (self.lr_scheduler is None) != (scalars["lr_scheduler"] is None):
-            raise CheckpointError(
-                f"{self.run.resume_from} was saved {'without' if self.lr_scheduler else 'with'} a schedule"
-            )
-        if self.lr_scheduler is not None:
-            training.load_lr_scheduler(self.lr_scheduler, self.optimizer, scalars["lr_scheduler"])
+        self.run.metrics.sync()
+        self.checkpoints.save(step, self.state.tensors(), self.state.numbers() | {"metrics": self.run.metrics.last_row})
 
     def export(self) -> None:
-        """Write the online model as a Hugging Face directory."""
-        weights = training.full_tensors(self.model)
-        if self.ranks.is_rank_zero:
-            like, dtype, tokenizer = self.cfg.checkpoint_dir, self.compute_dtype, self.tokenizer
-            save_hf(self.model, self.run.export, like, dtype, weights=weights, tokenizer=tokenizer)
-            self.log.say(f"wrote {self.run.export}")
-        else:
-            deque(weights, maxlen=0)  # gathering takes part on every rank
-
-    def cleanup(self) -> None:
-        """Close the log and leave the process group."""
-        if self.log is not None:
-            self.log.close()
-        self.ranks.leave()
+        """Write the models that the config asks for as Hugging Face directories."""
+        cfg = self.cfg
+        weights = {"online": self.model.state_dict()}
+        if self.target_encoder is not None:  # it has no head: the trained one goes with it
+            averages = self.target_encoder.backbone.state_dict()
+            weights["target"] = weights["online"] | {f"backbone.{name}": value for name, value in averages.items()}
+        state = self.facts | {"step": self.num_steps, "metrics": self.run.metrics.last_row}
+        dtype = DTYPES[cfg.export_dtype or cfg.compute_dtype]
+        for part in weights if cfg.export == "both" else [cfg.export]:
+            path, stream = self.run.exports[part], training.full_tensors(weights[part])
+            if path.exists():  # the run was interrupted between two of them
+                continue
+            if not self.ranks.is_rank_zero:
+                deque(stream, maxlen=0)  # gathering takes part on every rank
+                continue
+            card = model_card(part, state, self.config_yaml)
+            save_hf(self.model, path, cfg.checkpoint_dir, dtype, weights=stream, tokenizer=self.tokenizer, card=card)
+            self.log.say(f"wrote {path}")
 
 
 @config.parse
 def recipe_main(cfg: DictConfig) -> None:
-    """Train, export, leave."""
-    recipe = DLLMJEPAFullRecipe(cfg)
-    if recipe.run.is_finished:
-        if recipe.ranks.is_rank_zero:
-            print(f"{cfg.output_dir} holds a finished run, exported to {recipe.run.export}: nothing to do")
-        recipe.ranks.leave()
-        return
-    try:
-        recipe.setup()
-        recipe.train()
-        if cfg.export:
-            recipe.export()
-    finally:
-        recipe.cleanup()
+    """Join the other ranks, claim the output directory, train, export."""
+    with (
+        training.Ranks.join(cfg.device, replicate=cfg.data_parallel_replicate_dim) as ranks,
+        training.RunDirectory(cfg.output_dir, cfg.resume, ranks, checkpoints=cfg.checkpoint.directory) as run,
+    ):
+        if run.is_finished(cfg.max_steps):
+            return
+        recipe = DLLMJEPAFullRecipe(cfg, ranks, run)
+        with recipe.cleanup:
+            recipe.setup()
+            recipe.train()
+            if cfg.export:
+                recipe.export()
 
 
 if __name__ == "__main__":

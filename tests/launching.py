@@ -28,7 +28,7 @@ SMALL = [
     "monitor_every=2",
     "lr_scheduler.num_warmup_steps=3",
     "optimizer.lr=1e-3",
-    "export=false",
+    "export=null",
 ]
 
 

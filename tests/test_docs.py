@@ -374,7 +374,7 @@ def test_examples_run(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     if diffs := fences(example, "diff"):
         recipe = "my_recipe"
         Path("my_recipe.py").write_text(apply_diff(RECIPE.read_text("utf-8"), "".join(diffs)), "utf-8")
-    cfg = load_config([*SMALL, "max_steps=2", "export=true"])
+    cfg = load_config([*SMALL, "max_steps=2", "export=online"])
     for block in fences(example, "yaml"):
         for key, value in yaml.safe_load(block).items():
             cfg[key] = value

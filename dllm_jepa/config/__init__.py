@@ -13,6 +13,7 @@ from dllm_jepa.config._kinds import (
 )
 from dllm_jepa.config._parse import load_config, parse, read_config
 from dllm_jepa.config._resolve import find_configs, find_recipes, resolve_config
+from dllm_jepa.config._resume import check_resume
 from dllm_jepa.config._rules import Launch
 from dllm_jepa.config._schema import TRAINING, Schema
 from dllm_jepa.config._validate import problems, validate, warnings, with_defaults
@@ -30,6 +31,7 @@ __all__ = [
     "Schema",
     "Section",
     "Text",
+    "check_resume",
     "find_configs",
     "find_recipes",
     "load_config",

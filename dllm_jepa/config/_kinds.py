@@ -132,6 +132,8 @@ class Component:
         trial: How to build it during validation so that its own complaints (ValueError) are listed; None = not at all.
             `alone`: from its arguments; `meta`: the same, with parameters on the meta device; `optimizer`: over a
             stand-in parameter; `lr_scheduler`: over the config's own optimizer with a stand-in parameter.
+        paths: Arguments that only say where something is. A resumed run may have others; what it finds there is
+            compared by its contents.
     """
 
     positional: tuple[str, ...] = ()
@@ -139,6 +141,7 @@ class Component:
     optional: tuple[str, ...] = ()
     ranges: tuple[ArgumentRange, ...] = ()
     trial: Literal["alone", "meta", "optimizer", "lr_scheduler"] | None = None
+    paths: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """Return what is allowed, in words."""
@@ -177,6 +180,8 @@ class Key:
         doc: What it does, in one line without a full stop.
         default: Value when it is absent.
         nullable: Whether null is allowed, too.
+        may_change: Whether a resumed run may have another value than the run it goes on from: the key does not decide
+            what the steps compute, but for rounding.
     """
 
     name: str
@@ -184,6 +189,7 @@ class Key:
     doc: str
     default: object = REQUIRED
     nullable: bool = False
+    may_change: bool = False
 
     def describe(self) -> str:
         """Return what is allowed, in words."""

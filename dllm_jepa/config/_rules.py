@@ -127,6 +127,13 @@ def resume_exists(resume: str) -> list[str]:
     ]
 
 
+def exported_target_exists(export: str | None, jepa_weight: float) -> list[str]:
+    """Without a JEPA loss there is no target encoder to export."""
+    if export not in ("target", "both") or jepa_weight > 0:
+        return []
+    return [f"export: {export}, but jepa_weight is 0, so there is no target encoder; set export: online or null"]
+
+
 def a_sequence_for_every_rank(global_batch_size: int, launch: Launch) -> list[str]:
     """Every rank works on at least one sequence per step."""
     if global_batch_size >= launch.world_size:

@@ -45,15 +45,17 @@ class Schema:
 
 
 OUTPUT = (
-    Key("output_dir", Text("a path"), "folder that the run writes to; refused if it holds another run"),
+    Key(
+        "output_dir", Text("a path"), "folder that the run writes to; refused if it holds another run", may_change=True
+    ),
     Key(
         "seed", Number(integer=True, low=0, high=2**32 - 1), "decides initial weights, data order and masks", default=0
     ),
-    Key("device", Choice(("cpu", "cuda")), "where the model is", default="cuda"),
+    Key("device", Choice(("cpu", "cuda")), "where the model is", default="cuda", may_change=True),
 )
 
 MODEL = (
-    Key("tokenizer", Component(), "builder of the tokenizer"),
+    Key("tokenizer", Component(paths=("path",)), "builder of the tokenizer"),
     Key("model", Component(trial="meta"), "builder of the backbone"),
     Key(
         "checkpoint_dir",
@@ -61,6 +63,7 @@ MODEL = (
         "Hugging Face directory to start from; null = from scratch",
         default=None,
         nullable=True,
+        may_change=True,
     ),
 )
 
@@ -98,7 +101,13 @@ JEPA = (
     Key("shuffle_targets", Flag(), "control: compare each sequence with another one's target", default=False),
     Key("l2_anchor_weight", _NOT_NEGATIVE, "weight of the squared distance to the initial weights; 0 = off", default=0),
     Key("pooled_layer_norm", Flag(), "LayerNorm without affine parameters on pooled embeddings", default=True),
-    Key("monitor_every", Number(integer=True, low=0), "steps between collapse measurements; 0 = off", default=0),
+    Key(
+        "monitor_every",
+        Number(integer=True, low=0),
+        "steps between collapse measurements; 0 = off",
+        default=0,
+        may_change=True,
+    ),
 )
 
 DATA = (
@@ -111,13 +120,21 @@ DATA = (
                 ArgumentRange("canvas_tokens", _COUNT),
                 ArgumentRange("num_pairs", _COUNT),
             ),
+            paths=("source", "tables"),
         ),
         "builder of the task: rows to tokens",
     ),
     Key("max_seq_len", Number(integer=True, low=4), "longest sequence, tokens"),
     Key("global_batch_size", _COUNT, "sequences per optimizer step, over all ranks"),
-    Key("tokens_per_device", _COUNT, "tokens per micro-batch and rank: the memory knob, does not change the loss"),
-    Key("packed", Flag(), "pack sequences without padding; false = pad each micro-batch", default=True),
+    Key(
+        "tokens_per_device",
+        _COUNT,
+        "tokens per micro-batch and rank: the memory knob, does not change the loss",
+        may_change=True,
+    ),
+    Key(
+        "packed", Flag(), "pack sequences without padding; false = pad each micro-batch", default=True, may_change=True
+    ),
 )
 
 LOSS = (
@@ -158,9 +175,21 @@ LOOP = (
     ),
     Key("dtype", _FLOATS, "stored weights", default="fp32"),
     Key("compute_dtype", _FLOATS, "matrix products; fp32 on the CPU", default="fp32"),
-    Key("compile", Flag(), "torch.compile on every layer", default=False),
-    Key("enable_activation_checkpointing", Flag(), "recompute activations in the backward pass", default=False),
-    Key("data_parallel_replicate_dim", _COUNT, "copies of the sharded model; more than 1 = hybrid sharding", default=1),
+    Key("compile", Flag(), "torch.compile on every layer", default=False, may_change=True),
+    Key(
+        "enable_activation_checkpointing",
+        Flag(),
+        "recompute activations in the backward pass",
+        default=False,
+        may_change=True,
+    ),
+    Key(
+        "data_parallel_replicate_dim",
+        _COUNT,
+        "copies of the sharded model; more than 1 = hybrid sharding",
+        default=1,
+        may_change=True,
+    ),
 )
 
 CHECKPOINT = (
@@ -168,15 +197,55 @@ CHECKPOINT = (
         "checkpoint",
         Section(
             (
-                Key("every_n_steps", _COUNT, "save the training state so often; null = never", None, nullable=True),
-                Key("keep_last", _COUNT, "training states to keep; null = all", None, nullable=True),
+                Key(
+                    "every_n_steps",
+                    _COUNT,
+                    "save the training state so often, and at the end; null = only when a signal stops the run",
+                    None,
+                    nullable=True,
+                ),
+                Key("keep_last", _COUNT, "newest training states to keep; null = all", None, nullable=True),
+                Key("keep_every", _COUNT, "keep besides those at multiples of so many steps", None, nullable=True),
+                Key("async_save", Flag(), "write from a copy in main memory while the run goes on", False),
+                Key(
+                    "directory", Text("a path"), "where they stand; null = output_dir/checkpoints", None, nullable=True
+                ),
             )
         ),
         "the training state, for resuming",
         default={},
+        may_change=True,
     ),
-    Key("resume", Text("never, auto or the path of a saved training state"), "what to go on from", default="never"),
-    Key("export", Flag(), "write the trained model to output_dir/hf at the end", default=True),
+    Key(
+        "resume",
+        Text("never, auto or the path of a saved training state"),
+        "what to go on from",
+        default="never",
+        may_change=True,
+    ),
+    Key(
+        "resume_override",
+        Flag(),
+        "go on although keys that change the run have changed",
+        default=False,
+        may_change=True,
+    ),
+    Key(
+        "export",
+        Choice(("online", "target", "both")),
+        "model to write at the end: trained weights to output_dir/hf, the target encoder's to hf_target; null = none",
+        default="online",
+        nullable=True,
+        may_change=True,
+    ),
+    Key(
+        "export_dtype",
+        _FLOATS,
+        "type of the exported weights; null = compute_dtype",
+        default=None,
+        nullable=True,
+        may_change=True,
+    ),
 )
 
 LOGGING = (
@@ -186,8 +255,9 @@ LOGGING = (
         "a logger beside output_dir/metrics.jsonl, which is always written; null = none",
         default=None,
         nullable=True,
+        may_change=True,
     ),
-    Key("log_every_n_steps", _COUNT, "steps between lines of the metric logger", default=1),
+    Key("log_every_n_steps", _COUNT, "steps between lines of the metric logger", default=1, may_change=True),
 )
 
 TRAINING = Schema(
@@ -202,6 +272,7 @@ TRAINING = Schema(
         rules.checkpoint_dir_exists,
         rules.output_dir_is_no_file,
         rules.resume_exists,
+        rules.exported_target_exists,
     ),
     launch_rules=(rules.a_sequence_for_every_rank, rules.enough_gpus, rules.replicas_divide_ranks),
     warnings=(rules.small_rate_on_bf16_weights,),

@@ -95,6 +95,10 @@ class BatchPlan:
         bins = split(self._lengths[samples], self._tokens_per_device, self._num_ranks)
         return StepPlan(self.epoch(step), samples, deal(bins, self._num_ranks))
 
+    def __str__(self) -> str:
+        """What it is, for the user."""
+        return f"{self.steps_per_epoch:,} steps an epoch, which leave out {self.num_left_out:,} sequences"
+
     def epoch(self, step: int) -> int:
         """The epoch, from 0, that a step belongs to."""
         return step // self.steps_per_epoch

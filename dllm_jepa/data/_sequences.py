@@ -3,6 +3,7 @@
 Shape legend: n sequences, T tokens of one of them, N tokens of all.
 """
 
+import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -42,6 +43,17 @@ class SequenceDataset:
         self.lengths: npt.NDArray[np.int64] = np.diff(offsets)
         self.num_truncated = num_truncated
         self.source = source
+
+    def facts(self) -> dict[str, str | int]:
+        """What tells this dataset, and its tokenizer, from another: `source`, `sequences` and `sha256` of all tokens."""
+        digest = hashlib.sha256()
+        for values in (self.tokens, self.maskable, self.offsets):
+            digest.update(np.ascontiguousarray(values).data)
+        return {"source": self.source, "sequences": len(self), "sha256": digest.hexdigest()}
+
+    def __str__(self) -> str:
+        """What it is, for the user."""
+        return f"{self.source}: {len(self):,} sequences, {self.num_truncated:,} of them truncated"
 
     def __len__(self) -> int:
         """Number of sequences, n."""

@@ -70,7 +70,7 @@ class CollapseMonitor:
     ) -> None:
         self._monitor_every = monitor_every
         self._steps_in_buffer = -(-max_rows // global_batch_size)
-        self._buffer = torch.zeros(max_rows if monitor_every else 0, embed_dim, device=device)
+        self._buffer = torch.zeros(max_rows, embed_dim, device=device)
         self._num_rows = 0
         self._first_rank = 0.0
         self._first_rows = 0
@@ -118,7 +118,7 @@ class CollapseMonitor:
 
     def tensors(self) -> dict[str, Tensor]:
         """The buffer, live: to be saved, or loaded in place."""
-        return {"buffer": self._buffer} if len(self._buffer) else {}
+        return {"buffer": self._buffer}
 
     def state_dict(self) -> dict[str, float]:
         """Everything but the buffer."""

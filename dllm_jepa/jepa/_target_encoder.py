@@ -71,6 +71,10 @@ class EMATargetEncoder:
         for average, param in zip(averages, online, strict=True):  # never a second fp32 copy of the whole model
             average.lerp_(param.float(), 1 - self.ema_decay)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The average, live: to be saved, or loaded in place."""
+        return self.backbone.state_dict()
+
 
 def ema_target_encoder(backbone: nn.Module, *, ema_decay: float = 0.996) -> EMATargetEncoder:
     """The paper's target encoder.

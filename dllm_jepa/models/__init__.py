@@ -5,6 +5,7 @@ from dllm_jepa.models._hf_reader import HFCheckpoint, load_hf
 from dllm_jepa.models._hf_writer import save_hf
 from dllm_jepa.models._init import InitialWeights
 from dllm_jepa.models._masked_diffusion_lm import Backbone, MaskedDiffusionLM, TransformerSizes, init_rope
+from dllm_jepa.models._model_card import model_card
 from dllm_jepa.models._tokenizer import Tokenizer
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "TransformerSizes",
     "init_rope",
     "load_hf",
+    "model_card",
     "save_hf",
 ]

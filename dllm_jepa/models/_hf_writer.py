@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dllm_jepa.errors import CheckpointError
+from dllm_jepa.files import publish, sync_files
 from dllm_jepa.models._families import FAMILIES
 from dllm_jepa.models._hf_reader import INDEX_NAME, HFCheckpoint
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
@@ -36,6 +38,7 @@ def save_hf(
     *,
     weights: Iterable[tuple[str, Tensor]] | None = None,
     tokenizer: Tokenizer | None = None,
+    card: str | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write a model so that the published class (and `load_hf`) loads it.
@@ -52,10 +55,11 @@ def save_hf(
         weights: (name, full tensor) in the order of `model.state_dict()`, for a model whose own parameters are sharded.
             None takes them from the model.
         tokenizer: without `like`, its files are written and its special ids go into config.json.
+        card: text of README.md, the model card; None writes none.
         shard_bytes: largest size of a weight file in bytes.
 
     Raises:
-        CheckpointError: if `path` exists, or `like` is a checkpoint of another architecture.
+        CheckpointError: if `path` exists or cannot be written, or `like` is a checkpoint of another architecture.
     """
     path = Path(path)
     if path.exists():
@@ -64,20 +68,34 @@ def save_hf(
     if origin is not None and (differences := origin.architecture_differences(model)):
         raise CheckpointError(f"a model cannot be written like {like}: {'; '.join(differences)}")
     unfinished = path.with_name(path.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     named = weights if weights is not None else model.state_dict().items()
-    _write_shards(model, unfinished, named, dtype, shard_bytes)
-    if origin is None:
-        config = FAMILIES[model.family].config(model.sizes)
-        if tokenizer is not None:
-            tokenizer.save(unfinished)
-            config |= {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("mask", "eos", "pad", "bos")}
-        (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    else:
+    try:
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
+        unfinished.mkdir(parents=True)
+        _write_shards(model, unfinished, named, dtype, shard_bytes)
+        _write_rest(model, unfinished, origin, tokenizer)
+        if card is not None:
+            (unfinished / "README.md").write_text(card, encoding="utf-8")
+        sync_files(unfinished)
+        publish(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def _write_rest(
+    model: MaskedDiffusionLM, directory: Path, origin: HFCheckpoint | None, tokenizer: Tokenizer | None
+) -> None:
+    if origin is not None:
         for file in {file for pattern in _COPIED for file in origin.path.glob(pattern)}:
-            shutil.copyfile(file, unfinished / file.name)
-    unfinished.rename(path)
+            shutil.copyfile(file, directory / file.name)
+        return
+    config = FAMILIES[model.family].config(model.sizes)
+    if tokenizer is not None:
+        tokenizer.save(directory)
+        config |= {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("mask", "eos", "pad", "bos")}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_shards(

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dllm_jepa.errors import TrainingError
-from dllm_jepa.training._checkpoint import list_checkpoints
+from dllm_jepa.training.checkpoint import list_checkpoints
 
 _MAX_NAMED = 64
 

@@ -78,7 +78,7 @@ class RunLog:
         row = {"step": step + 1} | row | {"tokens_per_second": tokens_per_second, "step_seconds": seconds}
         if self._ranks.device.type == "cuda":
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._run.append_metrics(row)
+        self._run.metrics.append(row)
         if self._metric_logger is not None and (step + 1) % self._log_every_n_steps == 0:
             self._metric_logger.log_dict(row, step=step + 1)
         self._bar.set_postfix_str(f"loss {row['loss']:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)

@@ -1,17 +1,32 @@
-"""The processes of a run, and the few sums and gathers the method needs."""
+"""The processes of a run, and the few sums and gathers that it needs."""
 
+import ctypes
 import os
-from dataclasses import dataclass
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from dllm_jepa.errors import LaunchError, UserError
+
+Result = TypeVar("Result")
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_ROLL_CALL = timedelta(seconds=2)
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands among the others.
+    """Where this process stands among the others. As a context manager it leaves them at the end.
 
     Args:
         rank: this process, from 0.
@@ -19,12 +34,16 @@ class Ranks:
         device: device of this process.
         mesh: mesh that parameters are sharded over ("shard", or "replicate" x "shard"); None for one process without
             a process group.
+        group: gloo group for numbers and objects in main memory; None for one process.
+        names: host and process id of every rank.
     """
 
     rank: int
     world_size: int
     device: torch.device
     mesh: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = None
+    names: tuple[str, ...] = ()
 
     @classmethod
     def join(cls, device: str, *, replicate: int = 1) -> "Ranks":
@@ -37,6 +56,7 @@ class Ranks:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if world_size == 1:
             return cls(0, 1, torch.device(device))
+        _die_with_launcher()
         own_device = torch.device(device)
         if device == "cuda":
             own_device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -47,7 +67,12 @@ class Ranks:
         else:
             shape = (replicate, world_size // replicate)
             mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
-        return cls(dist.get_rank(), world_size, own_device, mesh)
+        ranks = cls(dist.get_rank(), world_size, own_device, mesh, dist.new_group(backend="gloo"))
+        return replace(ranks, names=tuple(ranks.gather_objects(f"{socket.gethostname()}, pid {os.getpid()}")))
+
+    def with_own_group(self) -> "Ranks":
+        """The same ranks with another gloo group, for a second thread; on all ranks at once."""
+        return self if self.group is None else replace(self, group=dist.new_group(backend="gloo"))
 
     @property
     def is_rank_zero(self) -> bool:
@@ -59,6 +84,14 @@ class Ranks:
         if self.mesh is not None:
             dist.all_reduce(values)
         return values
+
+    def largest(self, number: int) -> int:
+        """The largest of a number that every rank gives; costs no synchronization with a GPU."""
+        if self.group is None:
+            return number
+        value = torch.tensor(number)
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group)
+        return int(value)
 
     def gather_rows(self, rows: Tensor, positions: Tensor, num_rows: int) -> Tensor:
         """Bring rows that are spread over ranks into one order.
@@ -75,12 +108,91 @@ class Ranks:
         gathered[positions] = rows
         return self.sum(gathered)
 
+    def gather_objects(self, own: Result) -> list[Result]:
+        """What every rank gives, in their order, on every rank."""
+        if self.group is None:
+            return [own]
+        objects: list[Any] = [None] * self.world_size
+        dist.all_gather_object(objects, own, group=self.group)
+        return cast(list[Result], objects)
+
+    def on_rank_zero(self, action: Callable[[], Result]) -> Result:
+        """Do something on rank zero; every rank gets its result, or its error.
+
+        Raises:
+            OSError, UserError: on every rank, if `action` raises it.
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_rank_zero:
+            try:
+                outcome[0] = action()
+            except (OSError, UserError) as error:
+                outcome[1] = error
+        if self.group is not None:
+            dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return cast(Result, outcome[0])
+
     def wait(self) -> None:
         """Wait until all ranks are here."""
         if self.mesh is not None:
             dist.barrier()
 
+    def __enter__(self) -> "Ranks":
+        """Nothing to do: `join` has joined."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the process group."""
+        self.leave()
+
+    def lost(self, error: BaseException) -> LaunchError | None:
+        """What to say instead of an error that comes from another rank having ended; None if it does not."""
+        # What gloo raises when a connection breaks is a plain RuntimeError.
+        ended = self._ended() if isinstance(error, RuntimeError) else []
+        if not ended:
+            return None
+        who = "; ".join(f"rank {rank} ({self.names[rank]}) has ended" for rank in ended)
+        return LaunchError(f"{who}: the others cannot go on without it. Its own last lines say why")
+
     def leave(self) -> None:
         """Leave the process group."""
-        if self.mesh is not None:
+        if self.mesh is not None and dist.is_initialized():
             dist.destroy_process_group()
+
+    def _ended(self) -> list[int]:
+        """The ranks whose connection is closed; one that is merely busy does not answer, but keeps it open."""
+        if self.group is None:
+            return []
+        ended, answers = [], {}
+        for peer in set(range(self.world_size)) - {self.rank}:
+            try:
+                dist.isend(torch.zeros(1), peer, self.group)
+                answers[peer] = dist.irecv(torch.zeros(1), peer, self.group)
+            except RuntimeError:
+                ended.append(peer)
+        deadline = time.monotonic() + _ROLL_CALL.total_seconds()
+        for peer, answer in answers.items():
+            try:
+                if answer is not None:
+                    answer.wait(_ROLL_CALL)
+            except RuntimeError:
+                if time.monotonic() < deadline:
+                    ended.append(peer)
+        return sorted(ended)
+
+
+def _die_with_launcher() -> None:
+    """Have the kernel end this process when its launcher ends.
+
+    torchrun starts its workers in process groups of their own, so nothing else reaches them when it is killed. They
+    would wait for each other, and hold their GPUs and the lock of the run.
+    """
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent = os.getppid()
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:  # it ended in between
+        os.kill(os.getpid(), signal.SIGKILL)

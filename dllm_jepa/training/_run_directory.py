@@ -1,122 +1,216 @@
-"""The output directory of a run: what it holds, who may write into it, and the one file that every run writes.
+"""The output directory of a run: what it holds, who may write into it, and how the run stands.
 
 output_dir/
     config.yaml      the resolved config
     metrics.jsonl    one object for every optimizer step
+    status.json      running, stopped, failed or finished; at which step and why
     checkpoints/     training states
-    hf/              the exported model
+    hf/, hf_target/  the exported model, and the one with the target encoder's weights
+    .lock            held while a run uses the directory
 """
 
 import json
 import os
+import sys
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from dllm_jepa.errors import CheckpointError, LaunchError
-from dllm_jepa.training._checkpoint import list_checkpoints, read_scalars
+from dllm_jepa.errors import ConfigError, LaunchError
+from dllm_jepa.files import write_atomically
+from dllm_jepa.training._lock import RunLock
+from dllm_jepa.training._metrics_file import MetricsFile
+from dllm_jepa.training._ranks import Ranks
+from dllm_jepa.training._signals import Stopped
+from dllm_jepa.training.checkpoint import (
+    SavedCheckpoint,
+    find_start,
+    list_checkpoints,
+    move_aside,
+    remove_unfinished,
+)
 
 
 class RunDirectory:
-    """Paths of a run, and its claim on them.
+    """Paths of a run, and its claim on them. Made on all ranks at once; as a context manager it records how it ends.
 
     Args:
         path: output_dir.
-        resume: "never", "auto" (the newest checkpoint in `path`, or a start from step 0 when there is none) or the path
-            of a checkpoint.
-        max_steps: steps that the run is meant to have; None if that is not known yet.
-
-    Attributes:
-        start_step: optimizer steps done before.
-        is_finished: `resume` is "auto", but the run has come to its end and was exported.
+        resume: "never", "auto" (the newest intact checkpoint, or step 0 if there are none) or the path of one.
+        ranks: the ranks.
+        checkpoints: where the training states stand; None for `path`/checkpoints.
 
     Raises:
-        LaunchError: if the directory holds a run and `resume` does not ask to go on with it, or it is a file.
-        CheckpointError: if the checkpoint to resume from does not exist or is incomplete.
+        LaunchError: if the directory holds a run and `resume` does not ask to go on with it, another run uses it, or it
+            cannot be written.
+        CheckpointError: see `find_start`.
     """
 
-    def __init__(self, path: str | Path, resume: str, max_steps: int | None = None) -> None:
+    def __init__(self, path: str | Path, resume: str, ranks: Ranks, checkpoints: str | Path | None = None) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
-        self.metrics = self.path / "metrics.jsonl"
-        self.checkpoints = self.path / "checkpoints"
-        self.export = self.path / "hf"
-        if self.path.exists() and not self.path.is_dir():
-            raise LaunchError(f"output_dir={path} is a file; choose another directory")
-        self.resume_from = self._find_checkpoint(resume)
-        self.start_step = 0 if self.resume_from is None else int(read_scalars(self.resume_from)["step"])
-        self._check_writable()
-        held = [file.name for file in (self.metrics, self.checkpoints, self.export) if file.exists()]
-        self.is_finished = resume == "auto" and self.export.exists()
-        if self.is_finished and max_steps is not None and self._last_step() < max_steps:
-            raise LaunchError(
-                f"output_dir={path} holds the export of {self._last_step()} steps: move {self.export} away to go on to "
-                f"max_steps={max_steps}"
-            )
-        if resume not in ("never", "auto") and self.export.exists():
-            raise LaunchError(
-                f"output_dir={path} already holds the export of a finished run ({self.export.name}): choose another "
-                "output_dir, or move it away"
-            )
-        later = [saved.name for saved in list_checkpoints(self.checkpoints) if saved.name > self._name_of_start()]
-        if resume not in ("never", "auto") and later:
-            raise LaunchError(
-                f"output_dir={path} holds training states after {resume}: {', '.join(later)}; choose another "
-                "output_dir, or move them away"
-            )
-        if resume == "never" and held:
-            raise LaunchError(
-                f"output_dir={path} already holds a run ({', '.join(held)}); nothing is overwritten: choose another "
-                f"output_dir{', or go on with it by resume=auto' if list_checkpoints(self.checkpoints) else ''}"
-            )
+        self.status = self.path / "status.json"
+        self.metrics = MetricsFile(self.path / "metrics.jsonl")
+        self.checkpoints = self.path / "checkpoints" if checkpoints is None else Path(checkpoints)
+        self.exports = {"online": self.path / "hf", "target": self.path / "hf_target"}
+        self._ranks = ranks
+        self._resume = resume
+        self._is_open = False
+        # Checkpoints that stand elsewhere have a lock of their own: another run may be sent there, too.
+        elsewhere = [] if checkpoints is None else [self.checkpoints]
+        self._locks = [RunLock(folder) for folder in (self.path, *elsewhere)]
+        try:
+            ranks.on_rank_zero(self._claim)
+            for lock in self._locks:
+                lock.join(ranks.rank)
+            self._start = find_start(resume, self.checkpoints, ranks)
+            self._finished_steps: int | None = ranks.on_rank_zero(self._read_finished_steps)
+        except BaseException:
+            self._release()
+            raise
 
-    def open(self, config_yaml: str) -> None:
-        """Create the directory, write the config, and cut metrics.jsonl back to the step that the run goes on from.
+    @property
+    def resume_from(self) -> SavedCheckpoint | None:
+        """The checkpoint to go on from, verified; None for a start from step 0."""
+        return self._start.checkpoint
+
+    @property
+    def start_step(self) -> int:
+        """Optimizer steps done before."""
+        return 0 if self.resume_from is None else self.resume_from.step
+
+    def is_finished(self, max_steps: int | None) -> bool:
+        """Whether the run to resume by "auto" has come to its end.
+
+        Args:
+            max_steps: steps that it is meant to have; None if they follow from the data.
+        """
+        done = self._finished_steps
+        if self._resume != "auto" or done is None or (max_steps is not None and done < max_steps):
+            return False
+        if self._ranks.is_rank_zero:
+            print(f"{self.path} holds a finished run of {done} steps: nothing to do. To add steps, set max_steps")
+        return True
+
+    def check_steps(self, num_steps: int) -> None:
+        """Compare with the steps that the run is meant to have, before anything is written.
 
         Raises:
-            CheckpointError: if metrics.jsonl ends before that step.
+            ConfigError: if there are more in the checkpoint.
+            LaunchError: if a step would be done although the result is there.
         """
-        rows = self._read_metrics()
-        # A run that began from another run's checkpoint has its first row at that checkpoint's next step.
-        if rows and rows[-1][0] < self.start_step:
-            raise CheckpointError(
-                f"{self.metrics} ends at step {rows[-1][0]}, before the checkpoint's step {self.start_step}: move it "
-                "away to go on without it"
+        if self.resume_from is not None and num_steps < self.start_step:
+            raise ConfigError(f"{self.resume_from.path} is past the last of {num_steps} steps: raise max_steps")
+        exported = [str(path) for path in self.exports.values() if path.exists()]
+        if exported and self.start_step < num_steps:
+            raise LaunchError(
+                f"output_dir={self.path} holds the export of a run that came to its end: move {' and '.join(exported)} "
+                f"away to go on from step {self.start_step} to step {num_steps}"
             )
+
+    def open(self, config_yaml: str, changes: Sequence[str] = ()) -> None:
+        """Take the directory into use, on all ranks at once: from here on it holds this run.
+
+        Damaged checkpoints are moved aside, the config is written, and metrics.jsonl is cut back to the step that the
+        run goes on from.
+
+        Args:
+            config_yaml: the resolved config.
+            changes: what is not as it was when the checkpoint was saved, to be said.
+
+        Raises:
+            LaunchError: if it cannot be written.
+        """
+        self._is_open = True
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.config.write_text(config_yaml, encoding="utf-8")
+            self._ranks.on_rank_zero(lambda: self._open(config_yaml, changes))
         except OSError as error:
             raise LaunchError(f"output_dir={self.path} cannot be written: {error}") from None
-        if rows:
-            self.metrics.write_text("".join(line for step, line in rows if step <= self.start_step), encoding="utf-8")
 
-    def _read_metrics(self) -> list[tuple[int, str]]:
-        """(step, line) of every whole line; the last one may be torn, if the run died while it was written."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self.metrics.exists() else []
-        return [(json.loads(line)["step"], line) for line in lines if line.endswith("\n")]
+    def record(self, state: str, reason: str | None = None) -> None:
+        """Write status.json, on rank zero."""
+        if not self._ranks.is_rank_zero:
+            return
+        complete = list_checkpoints(self.checkpoints)
+        status = {
+            "state": state,
+            "reason": reason,
+            "step": int(self.metrics.last_row.get("step", self.start_step)),
+            "checkpoint": str(complete[-1]) if complete else None,
+            "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+        try:
+            write_atomically(self.status, json.dumps(status, indent=1) + "\n")
+        except OSError as error:  # a full disk must not hide what it has led to
+            print(f"warning: {self.status} cannot be written: {error}", file=sys.stderr)
 
-    def _last_step(self) -> int:
-        return max((step for step, _ in self._read_metrics()), default=0)
+    def __enter__(self) -> "RunDirectory":
+        """Nothing to do: the directory is claimed when it is made."""
+        return self
 
-    def append_metrics(self, row: dict[str, Any]) -> None:
-        """Write the object of one optimizer step."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        """Record how the run ended, and let others in.
 
-    def _name_of_start(self) -> str:
-        return "" if self.resume_from is None else self.resume_from.name
+        Raises:
+            LaunchError: in place of an error that comes from another rank having ended.
+        """
+        lost = None if error is None else self._ranks.lost(error)
+        if self._is_open and isinstance(error, Stopped):
+            self.record("stopped", error.reason)
+        elif self._is_open and error is not None:
+            self.record("failed", f"{type(error).__name__}: {error}" if lost is None else str(lost))
+        elif self._is_open:
+            self.record("finished")
+        self._release()
+        if lost is not None:
+            raise lost from error
 
-    def _check_writable(self) -> None:
-        parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise LaunchError(f"output_dir={self.path} cannot be made: {parent} is not a folder that can be written to")
+    def _claim(self) -> None:
+        for folder in (self.path, self.checkpoints):
+            if folder.exists() and not folder.is_dir():
+                raise LaunchError(f"output_dir={folder} is a file; choose another directory")
+            existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+            if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+                raise LaunchError(
+                    f"output_dir={folder} cannot be made: {existing} is not a folder that can be written to"
+                )
+        for lock in self._locks:
+            lock.acquire()
+        held = [path.name for path in (self.metrics.path, *self.exports.values()) if path.exists()]
+        saved = list_checkpoints(self.checkpoints)
+        held += [self.checkpoints.name] if saved else []
+        if self._resume == "never" and held:
+            hint = ", or go on with it by resume=auto" if saved else ""
+            raise LaunchError(
+                f"output_dir={self.path} already holds a run ({', '.join(held)}); nothing is overwritten: choose "
+                f"another output_dir{hint}"
+            )
 
-    def _find_checkpoint(self, resume: str) -> Path | None:
-        if resume == "never":
+    def _read_finished_steps(self) -> int | None:
+        try:
+            status: Any = json.loads(self.status.read_text(encoding="utf-8"))
+            return int(status["step"]) if status["state"] == "finished" else None
+        except FileNotFoundError:
             return None
-        if resume == "auto":
-            found = list_checkpoints(self.checkpoints)
-            return found[-1] if found else None
-        if not Path(resume).is_dir():
-            raise CheckpointError(f"resume={resume}: there is no such checkpoint directory")
-        return Path(resume)
+        except (OSError, KeyError, TypeError, ValueError) as error:  # ValueError: also what is no JSON, or no UTF-8
+            print(f"warning: {self.status} is damaged ({error!r}) and not relied on", file=sys.stderr)
+            return None
+
+    def _open(self, config_yaml: str, changes: Sequence[str]) -> None:
+        remove_unfinished(self.checkpoints)
+        lines = [f"{reason}; it is kept as {move_aside(path)}" for path, reason in self._start.damaged.items()]
+        write_atomically(self.config, config_yaml)
+        problem = self.metrics.cut_back(self.start_step)
+        for line in (*lines, *([problem] if problem else [])):
+            print(f"warning: {line}", file=sys.stderr)
+        if self.resume_from is not None:
+            print(f"going on from {self.resume_from.path}, step {self.start_step}", file=sys.stderr)
+            for line in changes:
+                print(f"  changed: {line}", file=sys.stderr)
+        self.record("running")
+
+    def _release(self) -> None:
+        for lock in self._locks:
+            lock.release(is_used=self._is_open)

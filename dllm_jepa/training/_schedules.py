@@ -1,11 +1,9 @@
 """Learning-rate schedules."""
 
 import math
-from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 
 def cosine_with_warmup(
@@ -44,30 +42,3 @@ def cosine_with_warmup(
         return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
     return LambdaLR(optimizer, share)
-
-
-def lr_scheduler_state(scheduler: LRScheduler) -> dict[str, Any]:
-    """The state of a schedule as JSON can hold it: torchao's optimizers keep their rates in tensors."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.item()
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    return {key: plain(value) for key, value in scheduler.state_dict().items()}
-
-
-def load_lr_scheduler(scheduler: LRScheduler, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Restore a schedule, and the rates of the optimizer that follow from it.
-
-    Args:
-        scheduler: fresh schedule of the same kind.
-        optimizer: its optimizer.
-        state: `scheduler.state_dict()` of the saved run.
-    """
-    scheduler.load_state_dict(state)
-    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = float(rate)

@@ -3,7 +3,7 @@
 Modules are built on the meta device, sharded, and only then given memory, so that no rank ever holds a full copy.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -63,9 +63,9 @@ def materialize(module: nn.Module, read: ReadWeight | None, *, dtype: torch.dtyp
             weight.copy_(read(name, None))
 
 
-def full_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a module, gathered one at a time; every rank has to iterate to the end."""
-    for name, weight in module.state_dict().items():
+def full_tensors(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Weights, gathered one at a time; every rank has to iterate to the end."""
+    for name, weight in weights.items():
         yield name, full_tensor(weight)
 
 

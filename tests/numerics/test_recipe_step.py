@@ -18,6 +18,7 @@ from torchtune.config import instantiate
 
 from dllm_jepa.config import TRAINING, find_recipes, load_config, with_defaults
 from dllm_jepa.jepa import LossWeight, shuffled_partners
+from dllm_jepa.training import Ranks, RunDirectory
 from tests.numerics.plain_loops import Parts, Sequence, assert_gradients_close, losses_by_hand, use_double_precision
 
 JEPA_WEIGHT = 0.5
@@ -33,7 +34,7 @@ SMALL: dict[str, Any] = {
     "global_batch_size": 6,
     "tokens_per_device": 128,
     "max_steps": 1,
-    "export": "false",
+    "export": "null",
     "monitor_every": 0,
 }
 DATASET = {"_component_": "dllm_jepa.data.regex_pairs", "num_pairs": 24, "eos_fill": 6}
@@ -61,7 +62,8 @@ def build_recipe(output_dir: Path, cfg_parts: dict[str, Any] | None = None, **ov
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    recipe = module.DLLMJEPAFullRecipe(with_defaults(cfg, TRAINING))
+    ranks = Ranks.join("cpu")
+    recipe = module.DLLMJEPAFullRecipe(with_defaults(cfg, TRAINING), ranks, RunDirectory(output_dir, "never", ranks))
     recipe.setup()
     return recipe
 

@@ -135,7 +135,7 @@ def test_l2_anchor_penalizes_the_distance_to_the_start(tmp_path: Path) -> None:
 
 
 def test_export_holds_the_trained_weights(tmp_path: Path) -> None:
-    run_here(tmp_path / "run", "export=true", "checkpoint.every_n_steps=6")
+    run_here(tmp_path / "run", "export=online", "checkpoint.every_n_steps=6")
     exported = load_hf(tmp_path / "run/hf").state_dict()
     state = training_state(tmp_path / "run", 6)
     assert all(torch.equal(weight, state[f"trained.model.{name}"]) for name, weight in exported.items())
@@ -146,7 +146,7 @@ def test_export_holds_the_trained_weights(tmp_path: Path) -> None:
 
     # A run that starts from the export and takes steps of rate zero writes the same weights, and copies its files.
     start = f"checkpoint_dir={tmp_path / 'run/hf'}"
-    run_here(tmp_path / "next", start, "export=true", "optimizer.lr=0", "max_steps=1", "lr_scheduler=null")
+    run_here(tmp_path / "next", start, "export=online", "optimizer.lr=0", "max_steps=1", "lr_scheduler=null")
     again = load_hf(tmp_path / "next/hf").state_dict()
     assert all(torch.equal(weight, again[name]) for name, weight in exported.items())
     assert (tmp_path / "next/hf/tokenizer.json").read_bytes() == (tmp_path / "run/hf/tokenizer.json").read_bytes()
@@ -278,9 +278,9 @@ def test_another_run_is_never_overwritten(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_here(tmp_path / "run", "max_steps=2", "export=true", "checkpoint.every_n_steps=2")
+    run_here(tmp_path / "run", "max_steps=2", "export=online", "checkpoint.every_n_steps=2")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    run_here(tmp_path / "run", "max_steps=2", "export=true", "resume=auto")
+    run_here(tmp_path / "run", "max_steps=2", "export=online", "resume=auto")
     assert "holds a finished run" in capsys.readouterr().out
     message = exits_with(capsys, tmp_path / "run", "max_steps=4", "resume=auto")
     assert f"holds the export of 2 steps: move {tmp_path}/run/hf away to go on to max_steps=4" in message

@@ -22,7 +22,7 @@ def command(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 def test_tune_run_on_two_ranks_writes_one_run(tmp_path: Path) -> None:
     done = command(
-        tmp_path, "tune", "run", "--nproc_per_node", "2", "dllm_jepa_full", *SMALL, "max_steps=2", "export=true"
+        tmp_path, "tune", "run", "--nproc_per_node", "2", "dllm_jepa_full", *SMALL, "max_steps=2", "export=online"
     )
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs/tiny"

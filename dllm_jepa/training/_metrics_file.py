@@ -1,0 +1,85 @@
+"""metrics.jsonl: one JSON object for every optimizer step, each step once, over any number of restarts."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dllm_jepa.errors import LaunchError
+from dllm_jepa.files import free_name, write_atomically
+
+
+class MetricsFile:
+    """The file, and the last row written to it.
+
+    Args:
+        path: the file; it is made by the first row.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.last_row: dict[str, Any] = {}
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write the object of one optimizer step.
+
+        Raises:
+            LaunchError: if it cannot be written.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise LaunchError(f"{self.path} cannot be written: {error}") from None
+        self.last_row = row
+
+    def sync(self) -> None:
+        """Wait until every row that was written is on the disk, so that no checkpoint is ever ahead of them."""
+        if not self.last_row:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            os.fsync(file.fileno())
+
+    def cut_back(self, last_step: int) -> str | None:
+        """Remove the rows of the steps that will be done again.
+
+        Args:
+            last_step: the last step to keep, counted from 1.
+
+        Returns:
+            None if the file was in order up to there, as it is after any crash of the run. Otherwise what is wrong
+            with it; the file is kept under another name, and every row that can be read stays.
+        """
+        if not self.path.exists():
+            return None
+        # A run that died while it wrote leaves a last line without an end.
+        lines = self.path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
+        rows: dict[int, str] = {}
+        unreadable = []
+        for number, line in enumerate(lines, 1):
+            step = _step_of(line)
+            if step is None and line.endswith("\n"):
+                unreadable.append(number)
+            elif step is not None and step <= last_step:
+                rows[step] = line
+        self.last_row = json.loads(rows[max(rows)]) if rows else {}
+        missing = sorted(set(range(min(rows, default=last_step), last_step + 1)) - rows.keys() - {0})
+        problem = None
+        if unreadable or missing:
+            kept = free_name(self.path, ".damaged")
+            kept.write_bytes(self.path.read_bytes())
+            what = [f"line {number} cannot be read" for number in unreadable[:3]]
+            if missing:
+                what.append(f"no row of step {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+            problem = f"{self.path} is damaged ({'; '.join(what)}): it is kept as {kept.name}"
+        write_atomically(self.path, "".join(rows[step] for step in sorted(rows)))
+        return problem
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a whole row; None if it is not one."""
+    try:
+        step = json.loads(line)["step"] if line.endswith("\n") else None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None

@@ -1,0 +1,58 @@
+"""Signals that ask a run to stop: it finishes the step, saves, and exits with a code of its own."""
+
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+from dllm_jepa.training._ranks import Ranks
+
+STOPPED_EXIT_CODE = 75
+"""Exit code of a run that was asked to stop and has saved its state: EX_TEMPFAIL of sysexits.h, start it again."""
+
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop and has saved its state.
+
+    Args:
+        reason: the signal, such as SIGTERM.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(STOPPED_EXIT_CODE)
+        self.reason = reason
+
+
+class StopSignals:
+    """Remembers a signal until the end of the step. A context manager, to be used in the main thread.
+
+    A second SIGINT ends the process at once, whatever it is doing.
+    """
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        """Take the signals over."""
+        self._before = {number: signal.signal(number, self._note) for number in _HANDLED}
+        return self
+
+    def agreed(self, ranks: Ranks) -> str | None:
+        """The signal that some rank has got, the same on every rank; None if nobody has."""
+        number = ranks.largest(self._received)
+        return signal.Signals(number).name if number else None
+
+    def __exit__(self, *_: object) -> None:
+        """Put the former handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self._received = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, f"{signal.Signals(number).name}: finishing the step, then saving the training state\n".encode())

@@ -1,0 +1,27 @@
+"""Training states on disk: written so that a crash loses none, read so that nothing in them is trusted."""
+
+from dllm_jepa.training.checkpoint._directory import (
+    list_checkpoints,
+    move_aside,
+    remove_unfinished,
+    step_of,
+)
+from dllm_jepa.training.checkpoint._manifest import NewerFormatError
+from dllm_jepa.training.checkpoint._reader import SavedCheckpoint
+from dllm_jepa.training.checkpoint._start import Start, find_start
+from dllm_jepa.training.checkpoint._state import TrainingState, check_trained
+from dllm_jepa.training.checkpoint._writer import CheckpointWriter
+
+__all__ = [
+    "CheckpointWriter",
+    "NewerFormatError",
+    "SavedCheckpoint",
+    "Start",
+    "TrainingState",
+    "check_trained",
+    "find_start",
+    "list_checkpoints",
+    "move_aside",
+    "remove_unfinished",
+    "step_of",
+]

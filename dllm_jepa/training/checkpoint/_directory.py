@@ -1,0 +1,89 @@
+"""The checkpoints of a run, side by side in one directory.
+
+step_00000100/             complete
+step_00000200.unfinished/  being written, or left by a run that died meanwhile
+step_00000100.removed/     being removed
+step_00000100.damaged/     found damaged by a resume, which kept it
+latest                     symbolic link to the newest complete one
+"""
+
+import re
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from dllm_jepa.files import free_name, sync_directory
+
+LATEST_NAME = "latest"
+UNFINISHED = ".unfinished"
+_REMOVED, _DAMAGED = ".removed", ".damaged"
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+def checkpoint_name(step: int) -> str:
+    """Directory name of the checkpoint after so many optimizer steps."""
+    return f"step_{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The steps that the name of a checkpoint says; 0 if it says none."""
+    match = _NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else 0
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """What has the name of a complete checkpoint, oldest first."""
+    return sorted((path for path in directory.glob("step_*") if _NAME.fullmatch(path.name)), key=step_of)
+
+
+def kept_steps(steps: Iterable[int], *, keep_last: int | None, keep_every: int | None) -> set[int]:
+    """Which checkpoints stay.
+
+    Args:
+        steps: their steps.
+        keep_last: so many of the newest stay; None keeps all.
+        keep_every: besides, every one whose step is a multiple of this; None adds none.
+    """
+    steps = sorted(steps)
+    newest = steps if keep_last is None else steps[-keep_last:]
+    return {*newest, *(step for step in steps if keep_every is not None and step % keep_every == 0)}
+
+
+def remove_old_checkpoints(directory: Path, *, keep_last: int | None, keep_every: int | None) -> None:
+    """Remove the checkpoints that do not stay. None is ever half removed under its own name."""
+    checkpoints = {step_of(path): path for path in list_checkpoints(directory)}
+    kept = kept_steps(checkpoints, keep_last=keep_last, keep_every=keep_every)
+    for step in checkpoints.keys() - kept:
+        checkpoints[step].rename(free_name(checkpoints[step], _REMOVED))
+    for removed in directory.glob(f"step_*{_REMOVED}*"):
+        # A network file system may hold on to a file for a while; the next call tries again.
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove what a run that died was still writing."""
+    for unfinished in directory.glob(f"step_*{UNFINISHED}"):
+        shutil.rmtree(unfinished)
+
+
+def point_to(checkpoint: Path) -> None:
+    """Let the link `latest` lead to a checkpoint beside it, in one stroke."""
+    link = checkpoint.with_name(LATEST_NAME)
+    new = checkpoint.with_name(LATEST_NAME + UNFINISHED)
+    try:
+        new.unlink(missing_ok=True)
+        new.symlink_to(checkpoint.name, target_is_directory=True)
+        new.replace(link)
+    except OSError as error:
+        print(f"warning: {link} does not lead to {checkpoint.name}: {error}", file=sys.stderr)
+        return
+    sync_directory(checkpoint.parent)
+
+
+def move_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that its name is free again; returns where it is now."""
+    aside = free_name(checkpoint, _DAMAGED)
+    checkpoint.rename(aside)
+    sync_directory(checkpoint.parent)
+    return aside

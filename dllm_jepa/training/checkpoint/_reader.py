@@ -1,0 +1,207 @@
+"""Reading a checkpoint: nothing of it is trusted before its manifest, and nothing in it is ever executed."""
+
+import functools
+import json
+import pathlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.serialization import _get_layout
+
+from dllm_jepa.errors import CheckpointError
+from dllm_jepa.training._ranks import Ranks
+from dllm_jepa.training.checkpoint._manifest import FileRecord, damage_of, read_manifest
+
+STATE_NAME = "state.json"
+CONFIG_NAME = "config.yaml"
+_NUM_NAMED_TENSORS = 20
+
+# Everything that the pickle of DCP's metadata is made of. Paths become pure ones, which touch no disk.
+_METADATA_CLASSES: dict[tuple[str, str], Any] = {
+    (cls.__module__, cls.__qualname__): cls
+    for cls in (
+        Metadata,
+        StorageMeta,
+        TensorStorageMetadata,
+        dcp_metadata.ChunkStorageMetadata,
+        dcp_metadata.BytesStorageMetadata,
+        dcp_metadata.MetadataIndex,
+        dcp_metadata.TensorProperties,
+        dcp_metadata._MEM_FORMAT_ENCODING,
+        _StorageInfo,
+        torch.Size,
+    )
+} | {
+    ("torch.serialization", "_get_layout"): _get_layout,
+    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
+    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Admits the classes of DCP's metadata and types of tensors, nothing else."""
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        """Resolve one of the names that are admitted."""
+        if found := _METADATA_CLASSES.get((module_name, global_name)):
+            return found
+        if module_name == "torch" and isinstance(dtype := getattr(torch, global_name, None), torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, which no checkpoint needs")
+
+
+class _Reader(FileSystemReader):
+    """DCP's reader, with metadata that were read once and safely."""
+
+    def __init__(self, path: Path, metadata: Metadata) -> None:
+        super().__init__(path)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+
+class SavedCheckpoint:
+    """A complete checkpoint on disk, with a manifest that is in order. Its files are checked by `verify`.
+
+    Args:
+        path: its directory.
+
+    Raises:
+        NewerFormatError: if only a later version can read it.
+        CheckpointError: if it is not there, or not a checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_dir():
+            what = "is a file, not a checkpoint directory" if path.exists() else "does not exist"
+            raise CheckpointError(f"checkpoint {path} {what}")
+        self.files: Mapping[str, FileRecord] = read_manifest(path)
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk, the manifest aside."""
+        return sum(record.size for record in self.files.values())
+
+    def verify(self, ranks: Ranks | None = None) -> None:
+        """Read every file and compare it with the manifest; the ranks share the work and the verdict.
+
+        Raises:
+            CheckpointError: naming every damaged or missing file.
+        """
+        largest_first = sorted(self.files, key=lambda name: (-self.files[name].size, name))
+        rank, world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
+        own = [
+            damage
+            for name in largest_first[rank::world_size]
+            if (damage := damage_of(self.path, name, self.files[name]))
+        ]
+        damages = own if ranks is None else sum(ranks.gather_objects(own), [])
+        if damages:
+            raise CheckpointError(f"checkpoint {self.path} is damaged: {'; '.join(sorted(damages))}")
+
+    @functools.cached_property
+    def state(self) -> dict[str, Any]:
+        """Everything that is not a tensor.
+
+        Raises:
+            CheckpointError: if it cannot be read or has no step.
+        """
+        try:
+            state = json.loads((self.path / STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{self.path / STATE_NAME} cannot be read: {error}") from None
+        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+            raise CheckpointError(f"{self.path / STATE_NAME} names no step")
+        return state
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.state["step"])
+
+    @property
+    def config(self) -> Path:
+        """The config that the run was started with."""
+        return self.path / CONFIG_NAME
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """Shape and type of every tensor, by name.
+
+        Raises:
+            CheckpointError: if the metadata are not those of a checkpoint that holds tensors alone.
+        """
+        return cast(dict[str, TensorStorageMetadata], self._metadata.state_dict_metadata)
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One whole tensor on the CPU, converted to a type while it is read."""
+        tensor = torch.empty(self.tensors[name].size, dtype=dtype)
+        load({name: tensor}, storage_reader=_Reader(self.path, self._metadata), no_dist=True)
+        return tensor
+
+    def check_shapes(self, tensors: Mapping[str, Tensor], *, part: str = "") -> None:
+        """Compare with tensors that are to be filled, on whatever device.
+
+        Args:
+            tensors: by the names that they were saved under.
+            part: compare only the names that begin like this.
+
+        Raises:
+            CheckpointError: listing the names and shapes that differ.
+        """
+        found = {name: tuple(entry.size) for name, entry in self.tensors.items() if name.startswith(part)}
+        wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != wanted:
+            raise CheckpointError(f"checkpoint {self.path} is of another run:\n  {_differences(found, wanted)}")
+
+    def read_into(self, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+        """Fill existing tensors in place, whatever the number of ranks that saved them; on all ranks at once.
+
+        Raises:
+            CheckpointError: if the names or shapes are others; it lists them.
+        """
+        self.check_shapes(tensors)
+        reader = _Reader(self.path, self._metadata)
+        load(dict(tensors), storage_reader=reader, process_group=ranks.group, no_dist=ranks.group is None)
+
+    @functools.cached_property
+    def _metadata(self) -> Metadata:
+        path = self.path / ".metadata"
+        try:
+            with path.open("rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+        # What the unpickler raises for bytes that are no pickle, or one that does not fit the admitted classes.
+        except (OSError, EOFError, LookupError, TypeError, ValueError, AttributeError, pickle.PickleError) as error:
+            raise CheckpointError(f"{path} is refused: {error}") from None
+        self._check(metadata)
+        return cast(Metadata, metadata)
+
+    def _check(self, metadata: Any) -> None:
+        """Refuse what DCP would follow out of the directory, or unpickle."""
+        try:
+            entries, places = dict(metadata.state_dict_metadata), dict(metadata.storage_data)
+            others = [name for name, entry in entries.items() if not isinstance(entry, TensorStorageMetadata)]
+            unlisted = {place.relative_path for place in places.values()} - self.files.keys()
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.path / '.metadata'} is refused: {error}") from None
+        if others:
+            raise CheckpointError(f"{self.path / '.metadata'} is refused: {others[0]} is not a tensor")
+        if unlisted:
+            raise CheckpointError(f"{self.path / '.metadata'} is refused: {sorted(unlisted)[0]} is not in the manifest")
+
+
+def _differences(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
+    names = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    lines = [f"{name}: saved {found.get(name, 'nothing')}, needed {wanted.get(name, 'nothing')}" for name in names]
+    more = len(lines) - _NUM_NAMED_TENSORS
+    return "\n  ".join([*lines[:_NUM_NAMED_TENSORS], f"and {more} more"] if more > 0 else lines)

@@ -1,0 +1,118 @@
+"""Everything that a run must have to go on as if it had never stopped."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dllm_jepa.training._ranks import Ranks
+from dllm_jepa.training.checkpoint._optimizer import (
+    check_rates,
+    optimizer_numbers,
+    optimizer_tensors,
+    replay_schedule,
+    restore_optimizer,
+)
+from dllm_jepa.training.checkpoint._reader import SavedCheckpoint
+
+TRAINED = "trained"
+
+
+class Part(Protocol):
+    """A part of a run with a state of its own."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Its tensors, live: to be saved, or loaded in place."""
+        ...
+
+
+@runtime_checkable
+class NumberedPart(Part, Protocol):
+    """A part whose state has more than tensors."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything else, as JSON can hold it."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()`."""
+        ...
+
+
+class TrainingState:
+    """The live state of a run, for checkpoints to be taken of and loaded into.
+
+    The schedule has no state of its own here: its steps are taken again.
+
+    Args:
+        trained: everything that the optimizer trains.
+        optimizer: an optimizer over the parameters of `trained`.
+        lr_scheduler: its schedule, or None.
+        parts: everything else by name, such as the target encoder; None is a part that this run does without.
+    """
+
+    def __init__(
+        self,
+        trained: nn.Module,
+        optimizer: Optimizer,
+        lr_scheduler: LRScheduler | None,
+        *,
+        parts: Mapping[str, Part | None],
+    ) -> None:
+        self._trained = trained
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+        self._parts = {name: part for name, part in parts.items() if part is not None}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor, live, as `{part}.{name}`."""
+        groups: dict[str, Mapping[str, Tensor]] = {
+            TRAINED: self._trained.state_dict(),
+            "optimizer": optimizer_tensors(self._optimizer, self._trained),
+            **{name: part.tensors() for name, part in self._parts.items()},
+        }
+        return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything else, as JSON can hold it."""
+        parts = {name: part.state_dict() for name, part in self._parts.items() if isinstance(part, NumberedPart)}
+        return {"optimizer": optimizer_numbers(self._optimizer, self._trained), "parts": parts}
+
+    def load(self, checkpoint: SavedCheckpoint, ranks: Ranks, *, override: bool = False) -> None:
+        """Become what a checkpoint holds; on all ranks at once.
+
+        Args:
+            checkpoint: verified checkpoint.
+            ranks: the ranks.
+            override: the config has another schedule, whose rates are to be taken.
+
+        Raises:
+            CheckpointError: if its tensors or learning rates are those of another run.
+        """
+        saved = checkpoint.state
+        restore_optimizer(self._optimizer, self._trained, saved["optimizer"])
+        checkpoint.read_into(self.tensors(), ranks)
+        for name, part in self._parts.items():
+            if isinstance(part, NumberedPart):
+                part.load_state_dict(saved["parts"][name])
+        if self._lr_scheduler is not None:
+            replay_schedule(self._lr_scheduler, checkpoint.step)
+        if not override:
+            check_rates(self._optimizer, saved["optimizer"])
+
+
+def check_trained(checkpoint: SavedCheckpoint, part: str, module: nn.Module) -> None:
+    """Hold a checkpoint against a module that is to be trained on, before the module has memory.
+
+    Args:
+        checkpoint: the checkpoint.
+        part: name of the module in `trained`.
+        module: the module, on any device.
+
+    Raises:
+        CheckpointError: listing the tensors that differ.
+    """
+    prefix = f"{TRAINED}.{part}."
+    checkpoint.check_shapes({f"{prefix}{name}": value for name, value in module.state_dict().items()}, part=prefix)
