@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from dllm_jepa import config
 from dllm_jepa.config import find_configs, find_recipes, resolve_config
-from dllm_jepa.errors import ConfigError, LaunchError, UserError
+from dllm_jepa.errors import CheckpointError, ConfigError, LaunchError, UserError
 
 _RUN_USAGE = "dllm-jepa run [TORCHRUN-OPTIONS] <recipe> --config <config> [key=value ...]"
 
@@ -59,6 +59,18 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("name", help="name or path of a config")
     validate.add_argument("overrides", nargs="*", help="key=value to set, ~key to remove")
     validate.set_defaults(command=_validate)
+
+    checkpoints = commands.add_parser("checkpoints", help="list the training states of a run, and verify them")
+    checkpoints.add_argument("directory", type=Path, help="output_dir of a run, or the folder of its checkpoints")
+    checkpoints.set_defaults(command=_checkpoints)
+
+    export = commands.add_parser("export", help="write the model of a training state as a Hugging Face directory")
+    export.add_argument("checkpoint", type=Path, help="a training state, such as RUN/checkpoints/latest")
+    export.add_argument("out", type=Path, help="directory to create")
+    export.add_argument("--part", choices=("online", "target"), default="online", help="weights (default: online)")
+    export.add_argument("--dtype", choices=("fp32", "bf16"), help="stored type (default: that of the run's own export)")
+    export.add_argument("--like", type=Path, help="directory for config.json and tokenizer (default: the run's base)")
+    export.set_defaults(command=_export)
 
     # Only for --help; `main` sends the words on to `tune run`.
     commands.add_parser("run", help="run a recipe, with any options of torchrun", usage=_RUN_USAGE)
@@ -123,6 +135,43 @@ def _validate(arguments: argparse.Namespace) -> None:
     for line in config.warnings(cfg):
         print(f"warning: {line}", file=sys.stderr)
     print(f"{arguments.name}: valid")
+
+
+def _checkpoints(arguments: argparse.Namespace) -> None:
+    """Print step, date, size and state of every checkpoint, reading each of them whole."""
+    from dllm_jepa.training import SavedCheckpoint, list_checkpoints  # seconds to import
+
+    directory: Path = arguments.directory
+    if not directory.is_dir():
+        what = "is a file" if directory.exists() else "does not exist"
+        raise CheckpointError(f"{directory} {what}; give the output_dir of a run, or the folder of its checkpoints")
+    inside = directory / "checkpoints"
+    folder = inside if inside.is_dir() else directory
+    found = list_checkpoints(folder)
+    if not found:
+        print(f"no training states in {folder}")
+        return
+    print(f"{'STEP':>8}  {'SAVED':<25}  {'SIZE':>10}  STATE")
+    for path in found:
+        step, saved, size, state = path.name.partition("_")[2].lstrip("0") or "0", "-", "-", "verified"
+        try:
+            checkpoint = SavedCheckpoint(path)
+            size = f"{checkpoint.size / 2**20:,.1f} MiB"
+            checkpoint.verify()
+            saved = checkpoint.state["time"]
+        except CheckpointError as error:
+            state = str(error)
+        print(f"{step:>8}  {saved:<25}  {size:>10}  {state}", flush=True)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    """Write a Hugging Face directory from a checkpoint."""
+    from dllm_jepa.export import export_checkpoint  # seconds to import
+
+    export_checkpoint(
+        arguments.checkpoint, arguments.out, part=arguments.part, dtype=arguments.dtype, like=arguments.like
+    )
+    print(f"wrote {arguments.out}")
 
 
 def _run(words: list[str]) -> None:

@@ -64,6 +64,7 @@ class DLLMJEPAFullRecipe:
         """Build every part in order of use; what the user may have got wrong comes before what costs memory."""
         cfg = self.cfg
         self.signals = self.cleanup.enter_context(training.StopSignals())
+        changes = [] if self.run.resume_from is None else config.check_resume(cfg, self.run.resume_from.config)
         self.tokenizer = instantiate(cfg.tokenizer)
         with torch.device("meta"):
             self.model: MaskedDiffusionLM = instantiate(cfg.model)
@@ -71,7 +72,6 @@ class DLLMJEPAFullRecipe:
         if self.origin is not None:
             self.origin.check(self.model, mask_id=self.tokenizer.mask_id)
         self.model.check_fits(vocab_size=self.tokenizer.vocab_size, max_seq_len=cfg.max_seq_len)
-        changes = [] if self.run.resume_from is None else config.check_resume(cfg, self.run.resume_from.config)
         self.batches, steps_per_epoch, data = self.setup_batches()
         self.num_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
         self.run.check_steps(self.num_steps)
@@ -97,34 +97,7 @@ class DLLMJEPAFullRecipe:
         )
         self.optimizer = instantiate(cfg.optimizer, self.trained.parameters())
         self.lr_scheduler = self.setup_lr_scheduler()
-        self.state = training.TrainingState(
-            self.trained,
-            self.optimizer,
-            self.lr_scheduler,
-            parts={"target": self.target_encoder, "monitor": self.monitor, "anchor": self.anchor},
-        )
-        if self.run.resume_from is not None:
-            self.state.load(self.run.resume_from, self.ranks, override=cfg.resume_override)
-
-        self.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
-        self.run.open(self.config_yaml, changes)
-        self.log = training.RunLog(
-            self.run, metric_logger, self.ranks, num_steps=self.num_steps, log_every_n_steps=cfg.log_every_n_steps
-        )
-        self.cleanup.callback(self.log.close)
-        if metric_logger is not None:
-            metric_logger.log_config(cfg)
-        self.checkpoints = training.CheckpointWriter(
-            self.run.checkpoints,
-            self.ranks,
-            config_yaml=self.config_yaml,
-            facts=self.facts,
-            every_n_steps=cfg.checkpoint.every_n_steps,
-            keep_last=cfg.checkpoint.keep_last,
-            keep_every=cfg.checkpoint.keep_every,
-            async_save=cfg.checkpoint.async_save,
-        )
-        self.cleanup.callback(self.checkpoints.close)
+        self.setup_run(metric_logger, changes)
 
     def setup_batches(self) -> tuple[TrainingBatches, int, dict[str, str | int]]:
         """Tokenize the dataset and plan its batches; returns them, the steps of an epoch, and what tells the data."""
@@ -212,6 +185,38 @@ class DLLMJEPAFullRecipe:
         except ImportError as error:
             raise ConfigError(f"metric_logger: {error}; install what it needs, or set metric_logger: null") from error
 
+    def setup_run(self, metric_logger: training.MetricLogger | None, changes: list[str]) -> None:
+        """Go on from a training state, if there is one, and take the output directory into use."""
+        cfg = self.cfg
+        self.state = training.TrainingState(
+            self.trained,
+            self.optimizer,
+            self.lr_scheduler,
+            parts={"target": self.target_encoder, "monitor": self.monitor, "anchor": self.anchor},
+        )
+        if self.run.resume_from is not None:
+            self.state.load(self.run.resume_from, self.ranks, override=cfg.resume_override)
+
+        self.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
+        self.run.open(self.config_yaml, changes)
+        self.log = training.RunLog(
+            self.run, metric_logger, self.ranks, num_steps=self.num_steps, log_every_n_steps=cfg.log_every_n_steps
+        )
+        self.cleanup.callback(self.log.close)
+        if metric_logger is not None:
+            metric_logger.log_config(cfg)
+        self.checkpoints = training.CheckpointWriter(
+            self.run.checkpoints,
+            self.ranks,
+            config_yaml=self.config_yaml,
+            facts=self.facts,
+            every_n_steps=cfg.checkpoint.every_n_steps,
+            keep_last=cfg.checkpoint.keep_last,
+            keep_every=cfg.checkpoint.keep_every,
+            async_save=cfg.checkpoint.async_save,
+        )
+        self.cleanup.callback(self.checkpoints.close)
+
     def train(self) -> None:
         """The loop."""
         cfg = self.cfg
@@ -275,10 +280,8 @@ class DLLMJEPAFullRecipe:
 
     def global_counts(self, micro_batches: list[MicroBatch]) -> GlobalCounts:
         """Count over all ranks and micro-batches: one all-reduce, before any forward."""
-        own = [
-            (batch.num_sequences, len(batch.labels), batch.num_tokens, batch.context.numel()) for batch in micro_batches
-        ]
-        return GlobalCounts(*self.ranks.sum(torch.tensor(own, device=self.ranks.device).sum(0)).tolist())
+        own = torch.tensor([batch.counts() for batch in micro_batches], device=self.ranks.device)
+        return GlobalCounts(*self.ranks.sum(own.sum(0)).tolist())
 
     def aligns(self, step: int) -> bool:
         """Whether the target branch runs on a step."""
@@ -321,15 +324,10 @@ class DLLMJEPAFullRecipe:
         """
         penalty = 0.0 if self.anchor is None else float(training.full_tensor(self.anchor.add_gradient()))
         limit = math.inf if self.cfg.clip_grad_norm is None else self.cfg.clip_grad_norm
-        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), limit)
-        grad_norm = float(training.full_tensor(norm))
+        grad_norm = float(training.full_tensor(nn.utils.clip_grad_norm_(self.trained.parameters(), limit)))
         losses = sums.read(self.ranks.sum(sums.values), jepa_weight=self.cfg.jepa_weight, penalty=penalty)
-        training.check_finite(
-            step,
-            {"loss": losses["loss"], "gradient norm": grad_norm},
-            samples=self.batches.samples(step),
-            checkpoints=self.run.checkpoints,
-        )
+        values = {"loss": losses["loss"], "gradient norm": grad_norm}
+        training.check_finite(step, values, samples=self.batches.samples(step), checkpoints=self.run.checkpoints)
         return losses, grad_norm
 
     def update_weights(self) -> float:
@@ -368,10 +366,10 @@ class DLLMJEPAFullRecipe:
             weights["target"] = weights["online"] | {f"backbone.{name}": value for name, value in averages.items()}
         state = self.facts | {"step": self.num_steps, "metrics": self.run.metrics.last_row}
         dtype = DTYPES[cfg.export_dtype or cfg.compute_dtype]
-        for part in weights if cfg.export == "both" else [cfg.export]:
-            path, stream = self.run.exports[part], training.full_tensors(weights[part])
-            if path.exists():  # the run was interrupted between two of them
-                continue
+        # What exists is from before an interruption between the two.
+        wanted = weights if cfg.export == "both" else [cfg.export]
+        for part, path in ((part, self.run.exports[part]) for part in wanted if not self.run.exports[part].exists()):
+            stream = training.full_tensors(weights[part])
             if not self.ranks.is_rank_zero:
                 deque(stream, maxlen=0)  # gathering takes part on every rank
                 continue

@@ -17,7 +17,7 @@ RECIPES = sorted((REPOSITORY / "recipes").glob("*.py"))
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 
 # Single modules below everything; they import none of the package but each other.
-FLOOR = {"errors", "packing"}
+FLOOR = {"errors", "files", "packing"}
 MAY_IMPORT: dict[str, set[str]] = {
     "analysis": set(),
     "config": set(),
@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": set(),
     "training": set(),
     "evals": {"data", "generation", "models"},
-    "cli": {"analysis", "config", "data", "evals", "generation", "models", "training"},
+    "export": {"models", "training"},
+    "cli": {"analysis", "config", "data", "evals", "export", "generation", "models", "training"},
 }
 
 # The one module that may name what torchtune does not promise to keep.

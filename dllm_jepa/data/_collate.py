@@ -63,6 +63,10 @@ class MicroBatch:
     num_sequences: int
     num_tokens: int
 
+    def counts(self) -> tuple[int, int, int, int]:
+        """Sequences, masked tokens, tokens without padding, tokens with padding."""
+        return self.num_sequences, len(self.labels), self.num_tokens, self.context.numel()
+
     def loss_counts(self) -> dict[str, Tensor]:
         """The fields that weigh the loss of a masked token, by name."""
         return {

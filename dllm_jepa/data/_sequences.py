@@ -45,7 +45,7 @@ class SequenceDataset:
         self.source = source
 
     def facts(self) -> dict[str, str | int]:
-        """What tells this dataset, and its tokenizer, from another: `source`, `sequences` and `sha256` of all tokens."""
+        """What tells this dataset and its tokenizer from others: `source`, `sequences` and `sha256` of all tokens."""
         digest = hashlib.sha256()
         for values in (self.tokens, self.maskable, self.offsets):
             digest.update(np.ascontiguousarray(values).data)

@@ -45,6 +45,7 @@ class RunLog:
         self._run = run
         self._metric_logger = metric_logger
         self._ranks = ranks
+        self._start_step = run.start_step
         self._num_steps = num_steps
         self._log_every_n_steps = log_every_n_steps
         self._bar = tqdm(
@@ -59,7 +60,7 @@ class RunLog:
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to do, from 0."""
         self._last = time.perf_counter()
-        for step in range(self._run.start_step, self._num_steps):
+        for step in range(self._start_step, self._num_steps):
             yield step
             self._bar.update()
 

@@ -388,8 +388,9 @@ def test_defaults_are_filled_in_the_schemas_order() -> None:
     filled = with_defaults(config())
     assert list(filled) == [key.name for key in TRAINING.keys]
     assert filled.jepa_every == 1 and filled.resume == "never" and filled.packed is True
-    assert filled.checkpoint == {"every_n_steps": None, "keep_last": None}
-    assert with_defaults(config("checkpoint.keep_last=2")).checkpoint == {"every_n_steps": None, "keep_last": 2}
+    section = {"every_n_steps": None, "keep_last": None, "keep_every": None, "async_save": False, "directory": None}
+    assert filled.checkpoint == section
+    assert with_defaults(config("checkpoint.keep_last=2")).checkpoint == section | {"keep_last": 2}
 
 
 def test_every_default_is_allowed_by_its_own_key() -> None:

@@ -158,7 +158,7 @@ def test_a_step_of_the_recipe_moves_every_weight_as_the_loops_say(
     for before, average, online in zip(average_start, averages, parts.model.backbone.parameters(), strict=True):
         torch.testing.assert_close(average, 0.75 * before + 0.25 * online, rtol=1e-12, atol=1e-12)
         assert average.grad is None
-    recipe.cleanup()
+    recipe.cleanup.close()
 
 
 def test_the_average_follows_the_weights_after_each_update(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_the_average_follows_the_weights_after_each_update(tmp_path: Path) -> No
             expected = expected + (1 - ema_decay) * ema_decay ** (num_steps - k) * path[k][position].double()
         torch.testing.assert_close(average.double(), expected, rtol=1e-6, atol=1e-7)
         assert not torch.equal(path[0][position], path[-1][position])
-    recipe.cleanup()
+    recipe.cleanup.close()
 
 
 class LargestTensor(TorchDispatchMode):
@@ -220,7 +220,7 @@ def test_a_training_step_never_holds_logits_of_every_token(tmp_path: Path, famil
     with LargestTensor() as full:
         recipe.model.token_logits(batches[0].context)
     assert full.numel >= limit
-    recipe.cleanup()
+    recipe.cleanup.close()
 
 
 def test_steps_without_the_target_branch(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_steps_without_the_target_branch(tmp_path: Path) -> None:
     moves: list[bool] = []
     before = snapshot(averages)
     for step in range(4):
-        recipe.run.start_step, recipe.log._num_steps = step, step + 1
+        recipe.log._start_step, recipe.log._num_steps = step, step + 1
         recipe.train()
         moves.append(not torch.equal(before[0], averages[0]))
         before = snapshot(averages)
@@ -242,4 +242,4 @@ def test_steps_without_the_target_branch(tmp_path: Path) -> None:
         assert "effective_rank" in row
         if aligned:
             assert row["target_cosine"] == pytest.approx(1 - row["jepa_loss"])
-    recipe.cleanup()
+    recipe.cleanup.close()

@@ -5,23 +5,28 @@ from pathlib import Path
 
 import pytest
 
-from dllm_jepa.errors import CheckpointError, LaunchError
-from dllm_jepa.training import RunDirectory
+from dllm_jepa.errors import CheckpointError, ConfigError, LaunchError
+from dllm_jepa.training import RunDirectory, Stopped
+from tests.training.small_checkpoints import ONE_PROCESS, flip_a_byte, save
+
+
+def directory(output_dir: Path, resume: str = "never", **options) -> RunDirectory:
+    return RunDirectory(output_dir, resume, ONE_PROCESS, **options)
 
 
 def checkpoint(output_dir: Path, step: int) -> Path:
-    """A training state as far as the directory looks at it."""
-    directory = output_dir / "checkpoints" / f"step_{step:08d}"
-    directory.mkdir(parents=True)
-    (directory / "state.json").write_text(json.dumps({"step": step}))
-    return directory
+    return save(output_dir / "checkpoints", step)
 
 
-def run_for(output_dir: Path, steps: int, resume: str = "never") -> RunDirectory:
-    run = RunDirectory(output_dir, resume)
+def run_for(output_dir: Path, steps: int, resume: str = "never", *, ends: bool = False) -> RunDirectory:
+    """A run that does some steps, and then dies or ends."""
+    run = directory(output_dir, resume)
     run.open("a: 1\n")
     for step in range(run.start_step, run.start_step + steps):
-        run.append_metrics({"step": step + 1, "loss": 0.1 * step})
+        run.metrics.append({"step": step + 1, "loss": 0.1 * step})
+    if ends:
+        with run:
+            pass
     return run
 
 
@@ -29,20 +34,26 @@ def steps_in(output_dir: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def tree(path: Path) -> list[str]:
-    return sorted(str(file.relative_to(path)) for file in path.rglob("*"))
+def status(output_dir: Path) -> dict:
+    return json.loads((output_dir / "status.json").read_text())
+
+
+def tree(path: Path) -> dict[str, bytes | None]:
+    """Everything below a folder but the lock."""
+    files = (file for file in path.rglob("*") if file.name != ".lock")
+    return {str(file.relative_to(path)): file.read_bytes() if file.is_file() else None for file in files}
 
 
 def test_a_fresh_run(tmp_path: Path) -> None:
     output_dir = tmp_path / "not" / "there" / "yet"
-    run = RunDirectory(output_dir, "never")
-    assert not output_dir.exists()
+    run = directory(output_dir)
     assert (run.start_step, run.resume_from) == (0, None)
     run.open("key: value\n")
-    run.append_metrics({"step": 1, "loss": 1.5})
-    run.append_metrics({"step": 2, "loss": 1.0})
+    run.metrics.append({"step": 1, "loss": 1.5})
+    run.metrics.append({"step": 2, "loss": 1.0})
     assert (output_dir / "config.yaml").read_text() == "key: value\n"
-    assert run.export == output_dir / "hf" and run.checkpoints == output_dir / "checkpoints"
+    assert run.exports == {"online": output_dir / "hf", "target": output_dir / "hf_target"}
+    assert run.checkpoints == output_dir / "checkpoints"
     assert [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()] == [
         {"step": 1, "loss": 1.5},
         {"step": 2, "loss": 1.0},
@@ -55,11 +66,62 @@ def test_a_run_that_died_before_its_first_step_holds_nothing(tmp_path: Path) -> 
     assert steps_in(tmp_path) == [1]
 
 
-def test_a_finished_run_is_known_by_its_export(tmp_path: Path) -> None:
-    run_for(tmp_path, 1)
-    assert not RunDirectory(tmp_path, "auto").is_finished
+def test_a_claim_that_comes_to_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), directory(tmp_path / "not" / "there"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    with directory(tmp_path / "there"):
+        pass
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_status_says_how_the_run_stands(tmp_path: Path) -> None:
+    run_for(tmp_path, 3)
+    assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("running", 0)
+    saved = checkpoint(tmp_path, 2)
+    with pytest.raises(ZeroDivisionError), directory(tmp_path, "auto") as run:
+        run.open("a: 1\n")
+        raise ZeroDivisionError("by zero")
+    state = status(tmp_path)
+    assert (state["state"], state["reason"], state["step"]) == ("failed", "ZeroDivisionError: by zero", 2)
+    assert state["checkpoint"] == str(saved)
+    with pytest.raises(SystemExit) as exit_info, directory(tmp_path, "auto") as run:
+        run.open("a: 1\n")
+        run.metrics.append({"step": 3})
+        raise Stopped("SIGUSR1")
+    assert exit_info.value.code == 75
+    state = status(tmp_path)
+    assert (state["state"], state["reason"], state["step"]) == ("stopped", "SIGUSR1", 3)
+
+
+def test_a_finished_run_is_known_by_its_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_for(tmp_path, 4)
+    assert not directory(tmp_path, "auto").is_finished(4)
+    run_for(tmp_path, 4, "auto", ends=True)
+    assert directory(tmp_path, "auto").is_finished(None)
+    assert directory(tmp_path, "auto").is_finished(4)
+    assert "holds a finished run of 4 steps: nothing to do" in capsys.readouterr().out
+    assert not directory(tmp_path, "auto").is_finished(5)
+
+
+def test_a_damaged_status_is_not_relied_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_for(tmp_path, 2, ends=True)
+    (tmp_path / "status.json").write_bytes(b'{"state": "fini\xff')
+    assert not directory(tmp_path, "auto").is_finished(2)
+    assert "status.json is damaged" in capsys.readouterr().err
+
+
+def test_an_export_is_not_overwritten_by_going_on(tmp_path: Path) -> None:
+    run_for(tmp_path, 3)
+    checkpoint(tmp_path, 3)
     (tmp_path / "hf").mkdir()
-    assert RunDirectory(tmp_path, "auto").is_finished
+    run = directory(tmp_path, "auto")
+    run.check_steps(3)  # only what is missing of the export is left to do
+    with pytest.raises(LaunchError, match="move .*hf away to go on from step 3 to step 4"):
+        run.check_steps(4)
+    with pytest.raises(ConfigError, match="is past the last of 2 steps: raise max_steps"):
+        run.check_steps(2)
 
 
 @pytest.mark.parametrize("resume", ["never", "auto"])
@@ -69,19 +131,21 @@ def test_an_existing_directory_with_other_files_is_fine(tmp_path: Path, resume: 
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("held", ["metrics.jsonl", "checkpoints", "hf"])
+@pytest.mark.parametrize("held", ["metrics.jsonl", "checkpoints", "hf", "hf_target"])
 def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path, held: str) -> None:
     (tmp_path / held).mkdir() if "." not in held else (tmp_path / held).write_text("")
+    if held == "checkpoints":
+        checkpoint(tmp_path, 1)
     before = tree(tmp_path)
     with pytest.raises(LaunchError, match=rf"output_dir=.* already holds a run \({held}\); nothing is overwritten"):
-        RunDirectory(tmp_path, "never")
+        directory(tmp_path, "never")
     assert tree(tmp_path) == before
 
 
 def test_a_finished_run_is_refused_with_all_it_holds(tmp_path: Path) -> None:
     run_for(tmp_path, 2)
     with pytest.raises(LaunchError, match=r"\(metrics.jsonl\)"):
-        RunDirectory(tmp_path, "never")
+        directory(tmp_path, "never")
     assert steps_in(tmp_path) == [1, 2]
 
 
@@ -89,7 +153,7 @@ def test_a_finished_run_is_refused_with_all_it_holds(tmp_path: Path) -> None:
 def test_a_file_in_its_place_is_refused(tmp_path: Path, resume: str) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(LaunchError, match="out is a file; choose another directory"):
-        RunDirectory(tmp_path / "out", resume)
+        directory(tmp_path / "out", resume)
 
 
 def test_auto_takes_the_newest_complete_checkpoint(tmp_path: Path) -> None:
@@ -97,14 +161,17 @@ def test_auto_takes_the_newest_complete_checkpoint(tmp_path: Path) -> None:
     checkpoint(tmp_path, 4)
     newest = checkpoint(tmp_path, 10)
     (tmp_path / "checkpoints" / "step_00000012.unfinished").mkdir()
-    run = RunDirectory(tmp_path, "auto")
-    assert (run.resume_from, run.start_step) == (newest, 10)
+    run = directory(tmp_path, "auto")
+    assert run.resume_from is not None
+    assert (run.resume_from.path, run.start_step) == (newest, 10)
+    run.open("a: 1\n")
+    assert not (tmp_path / "checkpoints" / "step_00000012.unfinished").exists()
 
 
 def test_auto_without_a_checkpoint_starts_over(tmp_path: Path) -> None:
     """A run that died before its first checkpoint."""
     run_for(tmp_path, 3)
-    assert RunDirectory(tmp_path, "auto").resume_from is None
+    assert directory(tmp_path, "auto").resume_from is None
     run_for(tmp_path, 2, "auto")
     assert steps_in(tmp_path) == [1, 2]
 
@@ -122,16 +189,17 @@ def test_a_resumed_run_cuts_off_what_it_will_do_again(tmp_path: Path) -> None:
 def test_looking_at_a_run_to_resume_writes_nothing(tmp_path: Path) -> None:
     run_for(tmp_path, 5)
     checkpoint(tmp_path, 3)
-    before = (tree(tmp_path), (tmp_path / "metrics.jsonl").read_text())
-    RunDirectory(tmp_path, "auto")
-    assert (tree(tmp_path), (tmp_path / "metrics.jsonl").read_text()) == before
+    before = tree(tmp_path)
+    directory(tmp_path, "auto")
+    assert tree(tmp_path) == before
 
 
 def test_resume_by_path(tmp_path: Path) -> None:
     run_for(tmp_path, 9)
     early = checkpoint(tmp_path, 4)
-    run = RunDirectory(tmp_path, str(early))
-    assert (run.resume_from, run.start_step) == (early, 4)
+    run = directory(tmp_path, str(early))
+    assert run.resume_from is not None
+    assert (run.resume_from.path, run.start_step) == (early, 4)
     run_for(tmp_path, 1, str(early))
     assert steps_in(tmp_path) == [1, 2, 3, 4, 5]
 
@@ -139,25 +207,25 @@ def test_resume_by_path(tmp_path: Path) -> None:
 def test_only_a_run_with_a_checkpoint_is_offered_to_resume(tmp_path: Path) -> None:
     run_for(tmp_path, 5)
     with pytest.raises(LaunchError) as error:
-        RunDirectory(tmp_path, "never")
+        directory(tmp_path, "never")
     assert "resume=auto" not in str(error.value)
     checkpoint(tmp_path, 4)
     with pytest.raises(LaunchError, match="or go on with it by resume=auto"):
-        RunDirectory(tmp_path, "never")
+        directory(tmp_path, "never")
 
 
 def test_a_branch_among_later_checkpoints_is_refused(tmp_path: Path) -> None:
     run_for(tmp_path, 9)
     early, late = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
     with pytest.raises(LaunchError, match=f"holds training states after .*: {late.name};"):
-        RunDirectory(tmp_path, str(early))
-    assert RunDirectory(tmp_path, str(late)).start_step == 8
+        directory(tmp_path, str(early))
+    assert directory(tmp_path, str(late)).start_step == 8
 
 
 def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LaunchError, match=r"cannot be made: .*file is not a folder"):
-        RunDirectory(tmp_path / "file" / "run", "never")
+        directory(tmp_path / "file" / "run")
 
 
 def test_resume_another_run_into_a_fresh_directory(tmp_path: Path) -> None:
@@ -178,35 +246,95 @@ def test_a_run_that_began_from_another_one_is_resumed_in_turn(tmp_path: Path) ->
     assert steps_in(tmp_path / "new") == [7, 8, 9]
 
 
-def test_metrics_that_end_before_the_checkpoint_are_refused(tmp_path: Path) -> None:
-    run_for(tmp_path, 3)
+@pytest.mark.parametrize(
+    ("spoil", "problem", "left"),
+    [
+        (lambda lines: lines[:3], "no row of step 4 and 1 more", [1, 2, 3]),
+        (lambda lines: [*lines[:4], lines[4].rstrip()], "no row of step 5", [1, 2, 3, 4]),
+        (lambda lines: [*lines[:2], "\xff\xfe{\n", *lines[2:]], "line 3 cannot be read", [1, 2, 3, 4, 5]),
+        (lambda lines: [lines[0], "{}\n", *lines[2:]], "line 2 cannot be read; no row of step 2", [1, 3, 4, 5]),
+    ],
+    ids=["short", "torn", "a line too many", "a line lost"],
+)
+def test_damaged_metrics_are_named_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil, problem: str, left: list[int]
+) -> None:
+    run_for(tmp_path, 6)
     checkpoint(tmp_path, 5)
-    with pytest.raises(CheckpointError, match="metrics.jsonl ends at step 3, before the checkpoint's step 5"):
-        RunDirectory(tmp_path, "auto").open("a: 2\n")
-    assert steps_in(tmp_path) == [1, 2, 3]
-    assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    spoilt = "".join(spoil(lines)).encode("latin-1")
+    (tmp_path / "metrics.jsonl").write_bytes(spoilt)
+    run_for(tmp_path, 1, "auto")
+    assert f"metrics.jsonl is damaged ({problem}): it is kept as metrics.jsonl.damaged" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == spoilt
+    assert steps_in(tmp_path) == [*left, 6]
 
 
-def test_a_torn_line_before_the_checkpoint_is_refused(tmp_path: Path) -> None:
-    run = run_for(tmp_path, 4)
-    run.metrics.write_text(run.metrics.read_text().rstrip("\n"))
-    checkpoint(tmp_path, 4)
-    with pytest.raises(CheckpointError, match="ends at step 3, before the checkpoint's step 4"):
-        RunDirectory(tmp_path, "auto").open("a: 2\n")
-
-
-def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="resume=.*nowhere: there is no such checkpoint directory"):
-        RunDirectory(tmp_path, str(tmp_path / "nowhere"))
-
-
-@pytest.mark.parametrize("state", [None, "{", "[]", '{"step": "4"}', "{}"])
-def test_an_incomplete_checkpoint_is_refused(tmp_path: Path, state: str | None) -> None:
-    directory = checkpoint(tmp_path, 4)
-    (directory / "state.json").unlink()
-    if state is not None:
-        (directory / "state.json").write_text(state)
+def test_a_damaged_checkpoint_is_named_passed_over_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_for(tmp_path, 9)
+    for step in (3, 6, 8):
+        checkpoint(tmp_path, step)
+    for step in (6, 8):
+        flip_a_byte(tmp_path / "checkpoints" / f"step_{step:08d}" / "__0_0.distcp", 700)
+    spoilt = tree(tmp_path / "checkpoints" / "step_00000006")
     before = tree(tmp_path)
-    with pytest.raises(CheckpointError, match="not a complete training checkpoint|names no step"):
-        RunDirectory(tmp_path, "auto")
+    run = directory(tmp_path, "auto")
+    assert run.start_step == 3
+    assert tree(tmp_path) == before  # until the run goes on
+    run.open("a: 1\n")
+    message = capsys.readouterr().err
+    assert "step_00000006 is damaged: __0_0.distcp does not match its checksum; it is kept as" in message
+    assert "going on from" in message and "step_00000003, step 3" in message
+    assert tree(tmp_path / "checkpoints" / "step_00000006.damaged") == spoilt
+    checkpoint(tmp_path, 6)  # its name is free again
+    flip_a_byte(tmp_path / "checkpoints" / "step_00000006" / "__0_0.distcp", 700)
+    directory(tmp_path, "auto").open("a: 1\n")
+    assert (tmp_path / "checkpoints" / "step_00000006.damaged2").exists()
+
+
+def test_without_an_intact_checkpoint_nothing_goes_on(tmp_path: Path) -> None:
+    run_for(tmp_path, 6)
+    for step in (3, 5):
+        (checkpoint(tmp_path, step) / ".metadata").unlink()
+    before = tree(tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        directory(tmp_path, "auto")
+    for line in ("no checkpoint in", "step_00000003 is damaged: .metadata is missing", "step_00000005 is damaged"):
+        assert line in str(error.value)
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "nowhere does not exist"),
+        ("metrics.jsonl", "metrics.jsonl is a file, not a checkpoint directory"),
+        (".", "holds checkpoints but is none itself; give one of them, such as .*step_00000004"),
+        ("checkpoints", "holds checkpoints but is none itself"),
+        ("empty", "empty is not a complete training checkpoint: it has no manifest.json"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    run_for(tmp_path, 4)
+    checkpoint(tmp_path, 4)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=message):
+        directory(tmp_path, str(tmp_path / name))
+
+
+def test_the_link_to_the_newest_checkpoint_can_be_named(tmp_path: Path) -> None:
+    run_for(tmp_path, 4)
+    for step in (2, 4):
+        checkpoint(tmp_path, step)
+    assert directory(tmp_path, str(tmp_path / "checkpoints" / "latest")).start_step == 4
+
+
+def test_checkpoints_may_stand_elsewhere(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    run = directory(tmp_path / "run", checkpoints=elsewhere)
+    run.open("a: 1\n")
+    save(elsewhere, 4)
+    assert directory(tmp_path / "run", "auto", checkpoints=elsewhere).start_step == 4
+    with pytest.raises(LaunchError, match=r"already holds a run \(elsewhere\)"):
+        directory(tmp_path / "other", checkpoints=elsewhere)
+    assert not (tmp_path / "other").exists()

@@ -1,5 +1,6 @@
 """The state of an optimizer by parameter name: what is a tensor, and what is a number."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -76,8 +77,11 @@ def replay_schedule(scheduler: LRScheduler, steps: int) -> None:
     Taking the steps again instead of storing the schedule's own state gives the same rates to the bit for every kind
     of schedule, and is right when the config has another one.
     """
-    for _ in range(steps):
-        scheduler.step()
+    with warnings.catch_warnings():
+        # torch sees no optimizer step between these; they were taken by the saved run.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        for _ in range(steps):
+            scheduler.step()
 
 
 def check_rates(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:

@@ -1,0 +1,93 @@
+"""From a training checkpoint to a Hugging Face directory: offline, without a GPU, one tensor at a time."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from torchtune.config import instantiate
+from tqdm import tqdm
+
+from dllm_jepa.errors import CheckpointError
+from dllm_jepa.models import FAMILIES, MaskedDiffusionLM, Tokenizer, TransformerSizes, model_card, save_hf
+from dllm_jepa.training import SavedCheckpoint, check_trained
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PARTS = ("online", "target")
+
+# A config names functions to call; of a file that somebody else may have written only these are called.
+_TRUSTED = "dllm_jepa.models."
+
+
+def export_checkpoint(
+    path: Path, out: Path, *, part: str = "online", dtype: str | None = None, like: Path | None = None
+) -> None:
+    """Write the model of a checkpoint in its published layout.
+
+    Args:
+        path: the checkpoint.
+        out: directory to create.
+        part: "online", the trained weights, or "target", those of the EMA target encoder with the trained head.
+        dtype: "fp32" or "bf16"; None takes what the run would have exported.
+        like: published directory to copy config.json and tokenizer files from; None takes the one that the run started
+            from.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged, has no such part, or `out` exists.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out} already exists; nothing is overwritten: choose another directory or remove it")
+    checkpoint = SavedCheckpoint(path)
+    checkpoint.verify()
+    state, config = checkpoint.state, OmegaConf.load(checkpoint.config)
+    base = like or (None if state["base"] is None else Path(state["base"]))
+    if base is not None and not base.is_dir():
+        raise CheckpointError(
+            f"the run started from {base}, which is not here; give the directory to copy config.json and the tokenizer "
+            "from by --like"
+        )
+    model = _build(state["model"])
+    check_trained(checkpoint, "model", model)
+    if part == "target" and not any(name.startswith("target.") for name in checkpoint.tensors):
+        raise CheckpointError(f"{path} has no target encoder: its run had jepa_weight: 0. Export the online model")
+    stored = DTYPES[dtype or config.export_dtype or config.compute_dtype]
+    save_hf(
+        model,
+        out,
+        base,
+        weights=_weights(checkpoint, model, part, stored),
+        dtype=stored,
+        tokenizer=_tokenizer(config) if base is None else None,
+        card=model_card(part, state, checkpoint.config.read_text(encoding="utf-8")),
+    )
+
+
+def _build(saved: dict[str, Any]) -> MaskedDiffusionLM:
+    if saved["family"] not in FAMILIES:
+        raise CheckpointError(
+            f"the checkpoint is of the family {saved['family']!r}; known: {', '.join(sorted(FAMILIES))}. A family of "
+            "your own is exported by its recipe: resume=CHECKPOINT with as many max_steps as the checkpoint has"
+        )
+    with torch.device("meta"):
+        return FAMILIES[saved["family"]].build(TransformerSizes(**saved["sizes"]))
+
+
+def _weights(
+    checkpoint: SavedCheckpoint, model: MaskedDiffusionLM, part: str, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    for name in tqdm(model.state_dict(), desc="exporting", unit=" tensors", disable=None):
+        is_average = part == "target" and name.startswith("backbone.")
+        saved = f"target.{name.removeprefix('backbone.')}" if is_average else f"trained.model.{name}"
+        yield name, checkpoint.read(saved, dtype)
+
+
+def _tokenizer(config: Any) -> Tokenizer:
+    if not str(config.tokenizer._component_).startswith(_TRUSTED):
+        raise CheckpointError(
+            f"the run's tokenizer {config.tokenizer._component_} is not of this package, and code that a checkpoint "
+            "names is not run; give a directory with its files and config.json by --like"
+        )
+    tokenizer: Tokenizer = instantiate(config.tokenizer)
+    return tokenizer
