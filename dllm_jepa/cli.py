@@ -176,6 +176,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _run(words: list[str]) -> None:
     """Do what `tune run` does, and before it check the names, so that a misspelt one is one message."""
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if not {"-h", "--help"}.intersection(words):
@@ -185,7 +186,7 @@ def _run(words: list[str]) -> None:
     (tune,) = importlib.metadata.distribution("torchtune").entry_points.select(group="console_scripts", name="tune")
     try:
         tune.load()()
-    except ChildFailedError:  # the ranks have said why
+    except (ChildFailedError, SignalException):  # the ranks have said why
         sys.exit(1)
 
 

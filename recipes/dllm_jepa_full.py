@@ -63,7 +63,7 @@ class DLLMJEPAFullRecipe:
     def setup(self) -> None:
         """Build every part in order of use; what the user may have got wrong comes before what costs memory."""
         cfg = self.cfg
-        self.signals = self.cleanup.enter_context(training.StopSignals())
+        self.signals = self.cleanup.enter_context(training.StopSignals(self.ranks))
         changes = [] if self.run.resume_from is None else config.check_resume(cfg, self.run.resume_from.config)
         self.tokenizer = instantiate(cfg.tokenizer)
         with torch.device("meta"):
@@ -265,7 +265,7 @@ class DLLMJEPAFullRecipe:
             health = self.check_health(step, losses, pooled_rows, micro_batches)
             row = {"epoch": self.batches.epoch(step), **losses, "grad_norm": grad_norm, "lr": learning_rate}
             self.log.write(step, row | counts.metrics() | {"micro_batches": len(micro_batches)} | health)
-            stopped_by = self.signals.agreed(self.ranks)
+            stopped_by = self.signals.agreed()
             if stopped_by or self.checkpoints.is_due(step + 1, num_steps=self.num_steps):
                 self.save(step + 1)
             if stopped_by:

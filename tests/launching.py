@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+from torch import Tensor
+
+from dllm_jepa.training import SavedCheckpoint
+
 ROOT = Path(__file__).parents[1]
 
 # The demo's config, small enough for seconds: a batch of 12 short sequences, several micro-batches a step.
@@ -85,6 +90,45 @@ def free_ports(count: int) -> list[int]:
 def metrics(output_dir: Path) -> list[dict[str, Any]]:
     """The objects of a run's metrics.jsonl."""
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+class SignalAtStep:
+    """A metric logger that sends its own process a signal after a step."""
+
+    def __init__(self, at_step: int, name: str) -> None:
+        self._at_step = at_step
+        self._signal = signal.Signals[name]
+
+    def log_config(self, config: Any) -> None: ...
+
+    def log_dict(self, payload: dict[str, Any], step: int) -> None:
+        if step == self._at_step:
+            os.kill(os.getpid(), self._signal)
+
+    def close(self) -> None: ...
+
+
+def status(output_dir: Path) -> dict[str, Any]:
+    """A run's status.json."""
+    return json.loads((output_dir / "status.json").read_text())
+
+
+def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl without what differs between two runs of the same."""
+    return [{key: row[key] for key in row if key not in ("tokens_per_second", "step_seconds")} for row in rows]
+
+
+def training_state(run: Path, step: int) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, read in one process whatever wrote it."""
+    saved = SavedCheckpoint(run / "checkpoints" / f"step_{step:08d}")
+    return {name: saved.read(name, entry.properties.dtype) for name, entry in saved.tensors.items()}
+
+
+def assert_same_state(run: Path, reference: Path, step: int) -> None:
+    """Bit for bit."""
+    state, expected = training_state(run, step), training_state(reference, step)
+    assert state.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
 
 
 def main() -> None:

@@ -108,7 +108,6 @@ class RunLock:
         if not self._lock(descriptor, first_byte=0, num_bytes=_TO_THE_END) or not self._is_current(descriptor):
             os.close(descriptor)
             return False
-        fcntl.lockf(descriptor, fcntl.LOCK_UN, _TO_THE_END, 1)  # all but byte 0: they are for the other ranks
         os.ftruncate(descriptor, 0)
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         os.pwrite(descriptor, f"{socket.gethostname()}, pid {os.getpid()}, since {now}\n".encode(), 0)
@@ -118,6 +117,8 @@ class RunLock:
     def _lock(self, descriptor: int, *, first_byte: int, num_bytes: int) -> bool:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, num_bytes, first_byte)
+            if num_bytes == _TO_THE_END:  # all but the first byte are for the other ranks
+                fcntl.lockf(descriptor, fcntl.LOCK_UN, _TO_THE_END, first_byte + 1)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False

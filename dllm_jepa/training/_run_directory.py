@@ -159,6 +159,9 @@ class RunDirectory:
         lost = None if error is None else self._ranks.lost(error)
         if self._is_open and isinstance(error, Stopped):
             self.record("stopped", error.reason)
+            if self._ranks.is_rank_zero:
+                saved = list_checkpoints(self.checkpoints)[-1]
+                print(f"stopped by {error.reason} with {saved} saved: go on by resume=auto", file=sys.stderr)
         elif self._is_open and error is not None:
             self.record("failed", f"{type(error).__name__}: {error}" if lost is None else str(lost))
         elif self._is_open:

@@ -29,9 +29,13 @@ class StopSignals:
     """Remembers a signal until the end of the step. A context manager, to be used in the main thread.
 
     A second SIGINT ends the process at once, whatever it is doing.
+
+    Args:
+        ranks: the ranks, which stop after the same step whichever of them got the signal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
         self._received = 0
         self._before: dict[int, Any] = {}
 
@@ -40,9 +44,9 @@ class StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in _HANDLED}
         return self
 
-    def agreed(self, ranks: Ranks) -> str | None:
-        """The signal that some rank has got, the same on every rank; None if nobody has."""
-        number = ranks.largest(self._received)
+    def agreed(self) -> str | None:
+        """The signal that some rank has got, the same on every rank; None if nobody has. On all ranks at once."""
+        number = self._ranks.largest(self._received)
         return signal.Signals(number).name if number else None
 
     def __exit__(self, *_: object) -> None:
@@ -54,5 +58,5 @@ class StopSignals:
         self._received = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, f"{signal.Signals(number).name}: finishing the step, then saving the training state\n".encode())
+        if self._ranks.is_rank_zero:  # not by print: the signal may have come in the middle of one
+            os.write(2, f"\n{signal.Signals(number).name}: finishing the step, then saving\n".encode())

@@ -6,11 +6,8 @@ Every run is a whole recipe on the demo's config, made small; the ranks are real
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
 
-from tests.launching import metrics, run_here, run_on_ranks
+from tests.launching import assert_same_state, metrics, run_here, run_on_ranks, training_state, without_time
 
 SAVED = ("checkpoint.every_n_steps=6", "checkpoint.keep_last=1")
 TIED = ("model.tie_embeddings=true", "jepa_every=2", "l2_anchor_weight=0.1")
@@ -55,15 +52,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def tensors(run: Path, step: int = 6) -> dict[str, Tensor]:
-    """The training state of a run, read in one process whatever wrote it."""
-    reader = dcp.FileSystemReader(run / "checkpoints" / f"step_{step:08d}")
-    entries = reader.read_metadata().state_dict_metadata
-    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
-
-
 def assert_same_run(run: Path, reference: Path, rel: float) -> None:
     rows, expected_rows = metrics(run), metrics(reference)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -74,7 +62,7 @@ def assert_same_run(run: Path, reference: Path, rel: float) -> None:
 
 
 def assert_same_weights(run: Path, reference: Path, rel: float) -> None:
-    state, expected = tensors(run), tensors(reference)
+    state, expected = training_state(run, 6), training_state(reference, 6)
     assert state.keys() == expected.keys()
     for name, tensor in state.items():
         if name.startswith("optimizer"):
@@ -118,15 +106,10 @@ def test_shuffled_targets_change_the_run(runs: Path) -> None:
     assert abs(reference[0]["jepa_loss"] - shuffled[0]["jepa_loss"]) > 1e-4
 
 
-def without_time(row: dict[str, float]) -> dict[str, float]:
-    return {key: value for key, value in row.items() if key not in ("tokens_per_second", "step_seconds")}
-
-
 def test_resumed_on_two_ranks_is_bit_identical(runs: Path) -> None:
     resumed, whole = metrics(runs / "two_ranks_half"), metrics(runs / "two_ranks_whole")
-    assert [without_time(row) for row in resumed] == [without_time(row) for row in whole]
-    state, expected = tensors(runs / "two_ranks_half"), tensors(runs / "two_ranks_whole")
-    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert without_time(resumed) == without_time(whole)
+    assert_same_state(runs / "two_ranks_half", runs / "two_ranks_whole", 6)
 
 
 @pytest.mark.parametrize(("run", "reference"), [("half", "whole"), ("two_ranks_half_again", "two_ranks_whole")])
@@ -138,9 +121,8 @@ def test_resumed_on_another_number_of_ranks_is_the_same_run(runs: Path, run: str
 def test_resumed_in_one_process_is_bit_identical(tmp_path: Path, runs: Path) -> None:
     run_here(tmp_path / "run", *HALF)
     resumed = run_here(tmp_path / "run", *REST)
-    assert [without_time(row) for row in resumed] == [without_time(row) for row in metrics(runs / "whole")]
-    state, expected = tensors(tmp_path / "run"), tensors(runs / "whole")
-    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert without_time(resumed) == without_time(metrics(runs / "whole"))
+    assert_same_state(tmp_path / "run", runs / "whole", 6)
 
 
 def test_a_rank_without_sequences_keeps_step(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_tune_run_on_two_ranks_writes_one_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs/tiny"
     assert [row["step"] for row in metrics(run)] == [1, 2]
-    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "hf", "metrics.jsonl"]
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "config.yaml", "hf", "metrics.jsonl", "status.json"]
     assert {"config.json", "model.safetensors.index.json", "tokenizer.json"} <= {p.name for p in (run / "hf").iterdir()}
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dllm_jepa.training import CheckpointWriter, Ranks
+from dllm_jepa.training.checkpoint._manifest import record_of, write_manifest
 
 ONE_PROCESS = Ranks.join("cpu")
 FACTS = {"seed": 3, "world_size": 1, "versions": {"python": "3.11.7"}, "data": {"sha256": "ab", "sequences": 5}}
@@ -34,3 +35,11 @@ def flip_a_byte(file: Path, position: int = 0) -> None:
     content = bytearray(file.read_bytes())
     content[position] ^= 1
     file.write_bytes(content)
+
+
+def forge(checkpoint: Path, **contents: bytes) -> None:
+    """Replace files, and the manifest with them, as somebody would who means harm."""
+    for name, content in contents.items():
+        (checkpoint / name).write_bytes(content)
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, {path.name: record_of(path) for path in checkpoint.iterdir()})

@@ -41,18 +41,27 @@ class FileRecord:
 
 
 class HashingFileSystem(FileSystem):
-    """The file system that DCP writes to; `records` has every file written through it, by name."""
+    """The file system that DCP writes to.
+
+    Attributes:
+        records: every file written through it, by name.
+        failure: why a write failed; what torch makes of it does not say.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.records: dict[str, FileRecord] = {}
+        self.failure: str | None = None
 
     @contextmanager
     def create_stream(self, path: str | PathLike[str], mode: str) -> Iterator[io.IOBase]:
         """Open a file and note, when it is closed, what was written."""
         with super().create_stream(path, mode) as raw:
             stream = _HashingStream(raw)
-            yield stream
+            try:
+                yield stream
+            finally:
+                self.failure = self.failure or stream.failure
         self.records[Path(path).name] = stream.record()
 
     def rename(self, path: str | PathLike[str], new_path: str | PathLike[str]) -> None:
@@ -68,9 +77,14 @@ class _HashingStream(io.IOBase):
         self._raw = cast(io.BufferedWriter, raw)
         self._hash = hashlib.sha256()
         self._size = 0
+        self.failure: str | None = None
 
     def write(self, data: Any) -> int:
-        self._raw.write(data)
+        try:
+            self._raw.write(data)
+        except OSError as error:
+            self.failure = str(error)
+            raise
         self._hash.update(data)
         written = memoryview(data).nbytes
         self._size += written

@@ -10,7 +10,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -146,7 +148,7 @@ class SavedCheckpoint:
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """One whole tensor on the CPU, converted to a type while it is read."""
         tensor = torch.empty(self.tensors[name].size, dtype=dtype)
-        load({name: tensor}, storage_reader=_Reader(self.path, self._metadata), no_dist=True)
+        self._load({name: tensor}, None)
         return tensor
 
     def check_shapes(self, tensors: Mapping[str, Tensor], *, part: str = "") -> None:
@@ -168,11 +170,17 @@ class SavedCheckpoint:
         """Fill existing tensors in place, whatever the number of ranks that saved them; on all ranks at once.
 
         Raises:
-            CheckpointError: if the names or shapes are others; it lists them.
+            CheckpointError: if the names or shapes are others, which it lists, or something in it is no tensor.
         """
         self.check_shapes(tensors)
+        self._load(dict(tensors), ranks.group)
+
+    def _load(self, tensors: dict[str, Tensor], group: ProcessGroup | None) -> None:
         reader = _Reader(self.path, self._metadata)
-        load(dict(tensors), storage_reader=reader, process_group=ranks.group, no_dist=ranks.group is None)
+        try:
+            load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
+        except CheckpointException as error:  # on every rank
+            raise CheckpointError(f"checkpoint {self.path} cannot be read: {'; '.join(causes(error))}") from error
 
     @functools.cached_property
     def _metadata(self) -> Metadata:
@@ -198,6 +206,11 @@ class SavedCheckpoint:
             raise CheckpointError(f"{self.path / '.metadata'} is refused: {others[0]} is not a tensor")
         if unlisted:
             raise CheckpointError(f"{self.path / '.metadata'} is refused: {sorted(unlisted)[0]} is not in the manifest")
+
+
+def causes(error: CheckpointException) -> list[str]:
+    """What went wrong, on whichever ranks, without tracebacks."""
+    return sorted({str(cause).partition("\n")[0] for cause, _ in error.failures.values()})
 
 
 def _differences(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:

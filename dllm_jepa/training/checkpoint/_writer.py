@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -31,7 +31,7 @@ from dllm_jepa.training.checkpoint._directory import (
     remove_old_checkpoints,
 )
 from dllm_jepa.training.checkpoint._manifest import FileRecord, HashingFileSystem, record_of, write_manifest
-from dllm_jepa.training.checkpoint._reader import CONFIG_NAME, STATE_NAME
+from dllm_jepa.training.checkpoint._reader import CONFIG_NAME, STATE_NAME, causes
 
 # A run of one process is meant to have no process group.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -132,10 +132,13 @@ class CheckpointWriter:
             save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
             records = self._ranks.gather_objects(files.records)
             self._ranks.on_rank_zero(lambda: self._commit(unfinished, final, records, state))
-        except (CheckpointException, OSError) as error:
+        except (CheckpointException, OSError) as error:  # on every rank
             if self._ranks.is_rank_zero:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            raise CheckpointError(self._failure(final, error)) from error
+            # torch hides why a write failed; the file system knows.
+            reasons = {failure for failure in self._ranks.gather_objects(files.failure) if failure}
+            reasons = reasons or {*([str(error)] if isinstance(error, OSError) else causes(error))}
+            raise CheckpointError(self._failure(final, reasons)) from error
 
     def _commit(
         self, unfinished: Path, final: Path, records: list[dict[str, FileRecord]], state: Mapping[str, Any]
@@ -149,15 +152,10 @@ class CheckpointWriter:
         point_to(final)
         remove_old_checkpoints(self._directory, **self._keep)
 
-    def _failure(self, final: Path, error: CheckpointException | OSError) -> str:
-        causes = (
-            {str(cause) for cause, _ in error.failures.values()}
-            if isinstance(error, CheckpointException)
-            else {str(error)}
-        )
+    def _failure(self, final: Path, reasons: Iterable[str]) -> str:
         complete = list_checkpoints(self._directory)
         last = f"the last complete one is {complete[-1]}" if complete else "there is no complete one yet"
-        return f"checkpoint {final} could not be written: {'; '.join(sorted(causes))}; {last}"
+        return f"checkpoint {final} could not be written: {'; '.join(sorted(reasons))}; {last}"
 
 
 class _Staging:

@@ -1,0 +1,188 @@
+"""Two ranks, stopped, killed and restarted under torchrun, and resumed on another number of ranks.
+
+Every run goes on to the end of the same 24 steps and is compared with one that was never interrupted.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.launching import (
+    ROOT,
+    SMALL,
+    assert_same_state,
+    metrics,
+    run_here,
+    run_on_ranks,
+    status,
+    without_time,
+)
+
+STEPS = 24
+# At a small rate rounding does not grow much over the steps that runs on other numbers of ranks are compared over.
+RUN = (f"max_steps={STEPS}", "checkpoint.every_n_steps=4", "optimizer.lr=1e-4")
+KEPT = (*RUN, "checkpoint.keep_last=null")
+EIGHT_BIT = ("max_steps=4", "checkpoint.every_n_steps=2", "checkpoint.keep_last=null", "lr_scheduler=null")
+EIGHT_BIT += ("optimizer={_component_: torchao.optim.AdamW8bit, lr: 1e-3}",)
+SAME_EVERYWHERE = ("step", "epoch", "lr", "tokens", "masked_tokens", "sequences")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+class Launched:
+    """A run of two ranks that is going on."""
+
+    def __init__(self, output_dir: Path, *overrides: str, options: tuple[str, ...] = ()) -> None:
+        self.output_dir = output_dir
+        path = os.pathsep.join(map(str, (ROOT, ROOT / "recipes")))
+        self.log = output_dir.with_suffix(".log").open("w+")
+        self.process = subprocess.Popen(
+            [*TORCHRUN, *options, "-m", "dllm_jepa_full", *SMALL, f"output_dir={output_dir}", *overrides],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def wait_for(self, what: Callable[[], bool], seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < deadline and self.process.poll() is None, self.output()
+            time.sleep(0.02)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_for(lambda: steps_done(self.output_dir) >= step)
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks."""
+        return [pid for pid in processes_of(self.output_dir) if pid != self.process.pid]
+
+    def output(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def end(self) -> int:
+        code = self.process.wait(120)
+        self.log.close()
+        return code
+
+
+def steps_done(output_dir: Path) -> int:
+    file = output_dir / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def processes_of(output_dir: Path) -> list[int]:
+    """Everything that runs with this output_dir on its command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
+            if f"output_dir={output_dir}".encode() in words and "Z" not in (entry / "stat").read_text().split()[2]:
+                found.append(int(entry.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has just ended
+    return sorted(found)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs")
+    run_here(directory / "one", *KEPT)
+    run_on_ranks(
+        2,
+        {
+            directory / "two": list(KEPT),
+            directory / "eight_bit": [*EIGHT_BIT],
+            directory / "eight_bit_half": [*EIGHT_BIT, "max_steps=2"],
+        },
+    )
+    for name, saved in (("two_to_one", "two"), ("one_to_two", "one")):
+        copy_up_to(directory / saved, directory / name, step=4)
+    run_here(directory / "two_to_one", *KEPT, "resume=auto")
+    run_on_ranks(
+        2,
+        {
+            directory / "one_to_two": [*KEPT, "resume=auto"],
+            directory / "eight_bit_half": [*EIGHT_BIT, "resume=auto"],
+        },
+    )
+    return directory
+
+
+def copy_up_to(run: Path, copy: Path, step: int) -> None:
+    """What a run would have left if it had died after a checkpoint."""
+    shutil.copytree(run, copy, symlinks=True)
+    (copy / "status.json").unlink()
+    for later in (copy / "checkpoints").glob("step_*"):
+        if int(later.name.removeprefix("step_")) > step:
+            shutil.rmtree(later)
+
+
+def assert_same_as_uninterrupted(run: Path, reference: Path) -> None:
+    assert [row["step"] for row in metrics(run)] == list(range(1, STEPS + 1))
+    assert without_time(metrics(run)) == without_time(metrics(reference))
+    assert_same_state(run, reference, STEPS)
+    assert status(run)["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher(tmp_path: Path, runs: Path) -> None:
+    run = tmp_path / "run"
+    launched = Launched(run, *RUN)
+    launched.wait_for_step(6)
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.end() == 1
+    step = steps_done(run)
+    assert (status(run)["state"], status(run)["reason"], status(run)["step"]) == ("stopped", "SIGTERM", step)
+    assert status(run)["checkpoint"] == str(run / f"checkpoints/step_{step:08d}")
+    run_on_ranks(2, {run: [*RUN, "resume=auto"]})
+    assert_same_as_uninterrupted(run, runs / "two")
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_leaves_nothing_behind_and_a_killed_rank_is_restarted(tmp_path: Path, runs: Path) -> None:
+    run = tmp_path / "run"
+    launched = Launched(run, *RUN)
+    launched.wait_for_step(6)
+    assert len(launched.ranks()) == 2
+    launched.process.kill()
+    deadline = time.monotonic() + 10
+    while processes_of(run) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes_of(run) == []
+    assert launched.end() == -signal.SIGKILL
+
+    # Now a rank: the other one says which, and torchrun starts both again.
+    launched = Launched(run, *RUN, "resume=auto", options=("--max-restarts=1",))
+    launched.wait_for_step(12)
+    victim = launched.ranks()[-1]
+    os.kill(victim, signal.SIGKILL)
+    launched.wait_for(lambda: "has ended" in launched.output(), seconds=30)
+    assert f"pid {victim}) has ended: the others cannot go on without it" in launched.output()
+    output = launched.log.name
+    assert launched.end() == 0, Path(output).read_text()
+    assert_same_as_uninterrupted(run, runs / "two")
+
+
+@pytest.mark.parametrize(("run", "reference"), [("two_to_one", "two"), ("one_to_two", "one")])
+def test_another_number_of_ranks_goes_on_with_the_same_run(runs: Path, run: str, reference: str) -> None:
+    rows, expected = metrics(runs / run), metrics(runs / reference)
+    assert len(rows) == len(expected) == STEPS
+    for row, other in zip(rows, expected, strict=True):
+        assert {key: row[key] for key in SAME_EVERYWHERE} == {key: other[key] for key in SAME_EVERYWHERE}
+    for row, other in zip(rows[4:14], expected[4:14], strict=True):
+        for key in ("loss", "diffusion_loss", "jepa_loss", "grad_norm"):
+            assert row[key] == pytest.approx(other[key], rel=1e-5, abs=0), (row["step"], key)
+
+
+def test_quantized_optimizer_states_go_on_bit_for_bit(runs: Path) -> None:
+    """torchao AdamW8bit on sharded fp32 weights."""
+    assert without_time(metrics(runs / "eight_bit_half")) == without_time(metrics(runs / "eight_bit"))
+    assert_same_state(runs / "eight_bit_half", runs / "eight_bit", 4)

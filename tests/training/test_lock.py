@@ -1,0 +1,132 @@
+"""One run at a time: against other processes, which is what the kernel's record locks are between."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dllm_jepa.errors import LaunchError
+from dllm_jepa.training import _lock
+from dllm_jepa.training._lock import RunLock
+
+ROOT = Path(__file__).parents[2]
+
+
+class OtherProcess:
+    """A rank of another run: takes its part of the lock, and ends when it is told to."""
+
+    def __init__(self, directory: Path, *, rank: int) -> None:
+        code = (
+            "import sys; from pathlib import Path; from dllm_jepa.training._lock import RunLock\n"
+            f"lock = RunLock(Path({str(directory)!r}))\n"
+            f"lock.acquire() if {rank} == 0 else lock.join({rank})\n"
+            "print('held', flush=True); sys.stdin.readline()"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline().endswith("held\n")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_lock, "_PATIENCE_SECONDS", 0.5)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_second_run_is_refused_by_name_of_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = OtherProcess(tmp_path, rank=0)
+    start = time.monotonic()
+    with pytest.raises(LaunchError, match=rf"in use by another run \(.*pid {other.process.pid}, since 20.*\); choose"):
+        RunLock(tmp_path).acquire()
+    assert time.monotonic() - start >= 0.5
+    assert capsys.readouterr().err.count("waiting up to") == 1
+    other.kill()
+    RunLock(tmp_path).acquire()
+
+
+def test_a_run_that_ends_in_time_is_waited_for(tmp_path: Path) -> None:
+    other = OtherProcess(tmp_path, rank=0)
+    assert other.process.stdin is not None
+    subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {other.process.pid}"])
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    other.kill()
+    assert f"pid {os.getpid()}" in (tmp_path / ".lock").read_text()
+    lock.release(is_used=True)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_any_rank_that_is_left_holds_the_lock(tmp_path: Path) -> None:
+    """Rank zero of the other run has died; a rank that still runs might write into its checkpoint."""
+    (tmp_path / ".lock").touch()
+    left = OtherProcess(tmp_path, rank=5)
+    with pytest.raises(LaunchError, match="in use by another run"):
+        RunLock(tmp_path).acquire()
+    left.kill()
+    RunLock(tmp_path).acquire()
+
+
+def test_ranks_of_one_run_hold_it_together(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    other = OtherProcess(tmp_path, rank=1)
+    lock.release(is_used=True)
+    other.kill()
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+    """Workers of a dataset, say, that outlive a killed rank."""
+    code = (
+        "import os, time; from pathlib import Path; from dllm_jepa.training._lock import RunLock\n"
+        f"RunLock(Path({str(tmp_path)!r})).acquire()\n"
+        "child = os.fork()\n"
+        "if child == 0: time.sleep(30)\n"
+        "print(child, flush=True); os._exit(0)"
+    )
+    done = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.stdout is not None
+    child = int(done.stdout.readline())
+    done.wait()
+    try:
+        RunLock(tmp_path).acquire()
+        os.kill(child, 0)  # it is still there
+    finally:
+        os.kill(child, 9)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_was_made_for_the_lock_goes_unless_it_is_used(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path / "a" / "b")
+    lock.acquire()
+    (tmp_path / "a" / "note").touch()
+    lock.release(is_used=False)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["a", "a/note"]
+    lock = RunLock(tmp_path / "a" / "b")
+    lock.acquire()
+    lock.release(is_used=True)
+    assert (tmp_path / "a" / "b" / ".lock").exists()
+
+
+def test_a_rank_that_does_not_see_the_directory_says_so(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"rank 3 on .* cannot open .*\.lock .* all machines share"):
+        RunLock(tmp_path / "elsewhere").join(3)
+
+
+def test_a_file_system_without_locks_is_no_obstacle_but_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(_lock.fcntl, "lockf", unsupported)
+    RunLock(tmp_path).acquire()
+    assert "file system without locks (No locks available)" in capsys.readouterr().err

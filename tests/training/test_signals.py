@@ -1,0 +1,50 @@
+"""Signals: noted, agreed on, and given back."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dllm_jepa.training import STOPPED_EXIT_CODE, Stopped, StopSignals
+from tests.training.small_checkpoints import ONE_PROCESS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_is_remembered_until_it_is_asked_for(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    with StopSignals(ONE_PROCESS) as signals:
+        assert signals.agreed() is None
+        os.kill(os.getpid(), signal.Signals[name])
+        assert signals.agreed() == signals.agreed() == name
+    assert {number: signal.getsignal(number) for number in before} == before
+    assert f"{name}: finishing the step, then saving" in capfd.readouterr().err
+
+
+def test_stopping_is_an_exit_with_a_code_of_its_own() -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        raise Stopped("SIGTERM")
+    assert exit_info.value.code == STOPPED_EXIT_CODE == 75
+
+
+def test_a_second_sigint_ends_the_process_at_once() -> None:
+    code = (
+        "import time; from dllm_jepa.training import StopSignals, Ranks\n"
+        "with StopSignals(Ranks.join('cpu')):\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    while process.stdout.readline() != "ready\n":
+        pass
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == -signal.SIGINT
