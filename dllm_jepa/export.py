@@ -11,7 +11,7 @@ from torchtune.config import instantiate
 from tqdm import tqdm
 
 from dllm_jepa.errors import CheckpointError
-from dllm_jepa.models import FAMILIES, MaskedDiffusionLM, Tokenizer, TransformerSizes, model_card, save_hf
+from dllm_jepa.models import FAMILIES, SHARD_BYTES, MaskedDiffusionLM, Tokenizer, TransformerSizes, model_card, save_hf
 from dllm_jepa.training import SavedCheckpoint, check_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -22,7 +22,13 @@ _TRUSTED = "dllm_jepa.models."
 
 
 def export_checkpoint(
-    path: Path, out: Path, *, part: str = "online", dtype: str | None = None, like: Path | None = None
+    path: Path,
+    out: Path,
+    *,
+    part: str = "online",
+    dtype: str | None = None,
+    like: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the model of a checkpoint in its published layout.
 
@@ -33,6 +39,7 @@ def export_checkpoint(
         dtype: "fp32" or "bf16"; None takes what the run would have exported.
         like: published directory to copy config.json and tokenizer files from; None takes the one that the run started
             from.
+        shard_bytes: largest size of a weight file in bytes.
 
     Raises:
         CheckpointError: if the checkpoint is damaged, has no such part, or `out` exists.
@@ -61,6 +68,7 @@ def export_checkpoint(
         dtype=stored,
         tokenizer=_tokenizer(config) if base is None else None,
         card=model_card(part, state, checkpoint.config.read_text(encoding="utf-8")),
+        shard_bytes=shard_bytes,
     )
 
 

@@ -2,7 +2,7 @@
 
 from dllm_jepa.models._families import FAMILIES, Family
 from dllm_jepa.models._hf_reader import HFCheckpoint, load_hf
-from dllm_jepa.models._hf_writer import save_hf
+from dllm_jepa.models._hf_writer import SHARD_BYTES, save_hf
 from dllm_jepa.models._init import InitialWeights
 from dllm_jepa.models._masked_diffusion_lm import Backbone, MaskedDiffusionLM, TransformerSizes, init_rope
 from dllm_jepa.models._model_card import model_card
@@ -10,6 +10,7 @@ from dllm_jepa.models._tokenizer import Tokenizer
 
 __all__ = [
     "FAMILIES",
+    "SHARD_BYTES",
     "Backbone",
     "Family",
     "HFCheckpoint",

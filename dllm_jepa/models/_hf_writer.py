@@ -17,6 +17,9 @@ from dllm_jepa.models._hf_reader import INDEX_NAME, HFCheckpoint
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
 from dllm_jepa.models._tokenizer import Tokenizer
 
+SHARD_BYTES = 5 * 10**9
+"""Largest size of a weight file, as published."""
+
 _COPIED = (
     "config.json",
     "generation_config.json",
@@ -39,7 +42,7 @@ def save_hf(
     weights: Iterable[tuple[str, Tensor]] | None = None,
     tokenizer: Tokenizer | None = None,
     card: str | None = None,
-    shard_bytes: int = 5 * 10**9,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model so that the published class (and `load_hf`) loads it.
 

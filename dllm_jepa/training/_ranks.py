@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dllm_jepa.errors import LaunchError, UserError
+from dllm_jepa.training._rendezvous import fresh_store
 
 Result = TypeVar("Result")
 
@@ -61,7 +62,9 @@ class Ranks:
         if device == "cuda":
             own_device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(own_device)
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        rank = int(os.environ["RANK"])
+        backend, store = "nccl" if device == "cuda" else "gloo", fresh_store(rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         if replicate == 1:
             mesh = init_device_mesh(device, (world_size,), mesh_dim_names=("shard",))
         else:
