@@ -118,6 +118,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
     reference, killed = folder / "reference", folder / "killed"
     overrides = ["checkpoint.async_save=true"] if arguments.async_save else []
     if launch(reference, *overrides).wait() != 0:

@@ -1,13 +1,13 @@
 """Writing a model in its published layout: sharded safetensors, index, config.json and the files of its origin."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dllm_jepa.errors import CheckpointError
@@ -19,6 +19,8 @@ from dllm_jepa.models._tokenizer import Tokenizer
 
 SHARD_BYTES = 5 * 10**9
 """Largest size of a weight file, as published."""
+
+_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 _COPIED = (
     "config.json",
@@ -46,8 +48,8 @@ def save_hf(
 ) -> None:
     """Write a model so that the published class (and `load_hf`) loads it.
 
-    The files are written beside `path` and renamed, so `path` appears complete or not at all. No more than one shard
-    is held in memory beside the model.
+    The files are written beside `path` and renamed, so `path` appears complete or not at all. No more than one
+    tensor is held in memory beside the model.
 
     Args:
         model: the model; it gives the names, the family and the sizes.
@@ -82,7 +84,7 @@ def save_hf(
             (unfinished / "README.md").write_text(card, encoding="utf-8")
         sync_files(unfinished)
         publish(unfinished, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
@@ -109,25 +111,47 @@ def _write_shards(
     shard_bytes: int,
 ) -> None:
     names = FAMILIES[model.family].hf_names(model.sizes)
-    sizes = {
-        names[name]: weight.numel() * (dtype or weight.dtype).itemsize for name, weight in model.state_dict().items()
-    }
+    specs = {names[name]: (dtype or weight.dtype, tuple(weight.shape)) for name, weight in model.state_dict().items()}
+    sizes = {name: math.prod(shape) * stored.itemsize for name, (stored, shape) in specs.items()}
     shards = list(_plan_shards(sizes, shard_bytes))
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     stream = iter(named)
     for file, members in zip(files, shards, strict=True):
-        shard = {}
-        for member in members:
-            name, weight = next(stream)
-            if names[name] != member:
-                raise AssertionError(f"weights arrive out of order: {names[name]} instead of {member}")
-            shard[member] = weight.detach().to("cpu", dtype or weight.dtype).contiguous()
-        save_file(shard, directory / file, metadata={"format": "pt"})
+        _stream_safetensors(directory / file, {member: specs[member] for member in members}, stream, names)
     index = {
         "metadata": {"total_size": sum(sizes.values())},
         "weight_map": {member: file for file, members in zip(files, shards, strict=True) for member in members},
     }
     (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _stream_safetensors(
+    path: Path,
+    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    stream: Iterator[tuple[str, Tensor]],
+    names: Mapping[str, str],
+) -> None:
+    """Write a file one tensor at a time; the library's own writer needs all of them at once.
+
+    Source: format of https://github.com/huggingface/safetensors: size of the header in 8 bytes, the header in JSON,
+    padded to 8 bytes, and the tensors without gaps.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in specs.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for expected, (dtype, shape) in specs.items():
+            name, weight = next(stream)
+            if names[name] != expected or weight.shape != shape:
+                raise AssertionError(f"{name} {tuple(weight.shape)} arrived in place of {expected} {shape}")
+            stored = weight.detach().to("cpu", dtype).contiguous()
+            file.write(stored.reshape(-1).view(torch.uint8).numpy().data)
+            del weight, stored  # before the next one is gathered
 
 
 def _plan_shards(sizes: Mapping[str, int], shard_bytes: int) -> Iterator[list[str]]:

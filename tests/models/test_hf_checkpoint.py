@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,44 @@ def test_dtype_of_load_and_save(checkpoint: Path, tmp_path: Path) -> None:
     stored = tensors_of(tmp_path / "out")
     for name, param in tensors_of(checkpoint).items():
         assert torch.equal(stored[name], param.bfloat16())
+
+
+def test_tensors_are_written_one_by_one(checkpoint: Path, tmp_path: Path) -> None:
+    """Of all the weights that are handed over, never more than the one at hand is alive."""
+    model = load_hf(checkpoint)
+    handed_over: list[weakref.ref[Tensor]] = []
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for name, weight in model.state_dict().items():
+            assert [ref for ref in handed_over if ref() is not None] == []
+            copy = weight.clone()
+            handed_over.append(weakref.ref(copy))
+            yield name, copy
+            del copy
+
+    save_hf(model, tmp_path / "out", like=checkpoint, weights=weights())
+    assert len(handed_over) == len(tensors_of(checkpoint))
+    before, after = tensors_of(checkpoint), tensors_of(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_weights_in_another_order_are_not_written(checkpoint: Path, tmp_path: Path) -> None:
+    model = load_hf(checkpoint)
+    with pytest.raises(AssertionError, match="arrived in place of"):
+        save_hf(model, tmp_path / "out", weights=list(model.state_dict().items())[::-1])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dllm_jepa.models._hf_writer.sync_files", full)
+    with pytest.raises(CheckpointError, match="out cannot be written: .*No space left on device"):
+        save_hf(load_hf(checkpoint), tmp_path / "out", like=checkpoint)
+    assert list(tmp_path.iterdir()) == [checkpoint]
 
 
 def test_rows_are_read_alone(checkpoint: Path) -> None:
