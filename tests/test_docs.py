@@ -130,7 +130,7 @@ def test_recipes_and_builders_exist(page: Path) -> None:
 def sub_commands(capsys: pytest.CaptureFixture[str]) -> set[str]:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
-    return set(re.findall(r"^ {4}(\w+) {2}", capsys.readouterr().out, flags=re.MULTILINE))
+    return set(re.findall(r"^ {4}(\w+)(?: |$)", capsys.readouterr().out, flags=re.MULTILINE))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
