@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from types import TracebackType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -146,9 +147,10 @@ class Ranks:
         """Nothing to do: `join` has joined."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Leave the process group."""
-        self.leave()
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        """Leave the process group; not one that fell apart, which would wait for those who are gone."""
+        if not isinstance(error, RuntimeError) and not isinstance(error and error.__cause__, RuntimeError):
+            self.leave()
 
     def lost(self, error: BaseException) -> LaunchError | None:
         """What to say instead of an error that comes from another rank having ended; None if it does not."""
