@@ -34,11 +34,18 @@ class MetricsFile:
         self.last_row = row
 
     def sync(self) -> None:
-        """Wait until every row that was written is on the disk, so that no checkpoint is ever ahead of them."""
+        """Wait until every row that was written is on the disk, so that no checkpoint is ever ahead of them.
+
+        Raises:
+            LaunchError: if that fails.
+        """
         if not self.last_row:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise LaunchError(f"{self.path} cannot be written: {error}") from None
 
     def cut_back(self, last_step: int) -> str | None:
         """Remove the rows of the steps that will be done again.

@@ -75,7 +75,7 @@ def point_to(checkpoint: Path) -> None:
         new.unlink(missing_ok=True)
         new.symlink_to(checkpoint.name, target_is_directory=True)
         new.replace(link)
-    except OSError as error:
+    except OSError as error:  # a file system without links
         print(f"warning: {link} does not lead to {checkpoint.name}: {error}", file=sys.stderr)
         return
     sync_directory(checkpoint.parent)

@@ -20,6 +20,10 @@ from dllm_jepa.errors import CheckpointError
 from dllm_jepa.files import write_durably
 
 MANIFEST_NAME = "manifest.json"
+STATE_NAME = "state.json"
+CONFIG_NAME = "config.yaml"
+METADATA_NAME = ".metadata"  # DCP's own
+REQUIRED = {STATE_NAME, CONFIG_NAME, METADATA_NAME}
 FORMAT = 1
 
 
@@ -150,8 +154,12 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
         files = {str(name): FileRecord(**record) for name, record in body["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a manifest of dllm-jepa: {error!r}") from None
-    if outside := [name for name in files if Path(name).name != name]:
+    if outside := [name for name in files if Path(name).name != name or name in ("", "..") or "\0" in name]:
         raise CheckpointError(f"{path} names files outside its directory: {outside}")
+    if missing := sorted(REQUIRED - files.keys()):
+        raise CheckpointError(f"{path} does not list {', '.join(missing)}")
+    if any(type(record.size) is not int for record in files.values()):
+        raise CheckpointError(f"{path} is not a manifest of dllm-jepa: a size is not a number")
     return files
 
 

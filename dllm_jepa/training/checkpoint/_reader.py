@@ -20,10 +20,15 @@ from torch.serialization import _get_layout
 
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.training._ranks import Ranks
-from dllm_jepa.training.checkpoint._manifest import FileRecord, damage_of, read_manifest
+from dllm_jepa.training.checkpoint._manifest import (
+    CONFIG_NAME,
+    METADATA_NAME,
+    STATE_NAME,
+    FileRecord,
+    damage_of,
+    read_manifest,
+)
 
-STATE_NAME = "state.json"
-CONFIG_NAME = "config.yaml"
 _NUM_NAMED_TENSORS = 20
 
 # Everything that the pickle of DCP's metadata is made of. Paths become pure ones, which touch no disk.
@@ -83,6 +88,7 @@ class SavedCheckpoint:
     """
 
     def __init__(self, path: Path) -> None:
+        path = path.resolve()  # `latest` is a link, which a run that goes on meanwhile leads elsewhere
         self.path = path
         if not path.is_dir():
             what = "is a file, not a checkpoint directory" if path.exists() else "does not exist"
@@ -184,7 +190,7 @@ class SavedCheckpoint:
 
     @functools.cached_property
     def _metadata(self) -> Metadata:
-        path = self.path / ".metadata"
+        path = self.path / METADATA_NAME
         try:
             with path.open("rb") as file:
                 metadata = _MetadataUnpickler(file).load()

@@ -30,8 +30,15 @@ from dllm_jepa.training.checkpoint._directory import (
     point_to,
     remove_old_checkpoints,
 )
-from dllm_jepa.training.checkpoint._manifest import FileRecord, HashingFileSystem, record_of, write_manifest
-from dllm_jepa.training.checkpoint._reader import CONFIG_NAME, STATE_NAME, causes
+from dllm_jepa.training.checkpoint._manifest import (
+    CONFIG_NAME,
+    STATE_NAME,
+    FileRecord,
+    HashingFileSystem,
+    record_of,
+    write_manifest,
+)
+from dllm_jepa.training.checkpoint._reader import causes
 
 # A run of one process is meant to have no process group.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -94,7 +101,7 @@ class CheckpointWriter:
         self.finish()
         self._last_step = step
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        state = {"step": step, "time": now, **self._facts, **numbers}
+        state = json.dumps({"step": step, "time": now, **self._facts, **numbers}, indent=1) + "\n"
         if self._staging is None or self._thread is None:
             self._write(step, tensors, state)
         else:
@@ -117,10 +124,11 @@ class CheckpointWriter:
         except (CheckpointError, RuntimeError) as error:  # RuntimeError: a lost rank, which is reported elsewhere
             if self._ranks.is_rank_zero:
                 print(f"warning: the last checkpoint was not completed: {error}", file=sys.stderr)
-        if self._thread is not None:
-            self._thread.shutdown()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
 
-    def _write(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def _write(self, step: int, tensors: Mapping[str, Tensor], state: str) -> None:
         final = self._directory / checkpoint_name(step)
         unfinished = final.with_name(final.name + UNFINISHED)
         files = HashingFileSystem()
@@ -140,17 +148,18 @@ class CheckpointWriter:
             reasons = reasons or {*([str(error)] if isinstance(error, OSError) else causes(error))}
             raise CheckpointError(self._failure(final, reasons)) from error
 
-    def _commit(
-        self, unfinished: Path, final: Path, records: list[dict[str, FileRecord]], state: Mapping[str, Any]
-    ) -> None:
+    def _commit(self, unfinished: Path, final: Path, records: list[dict[str, FileRecord]], state: str) -> None:
         written = {name: record for of_rank in records for name, record in of_rank.items()}
-        for name, text in ((STATE_NAME, json.dumps(state, indent=1) + "\n"), (CONFIG_NAME, self._config_yaml)):
+        for name, text in ((STATE_NAME, state), (CONFIG_NAME, self._config_yaml)):
             write_durably(unfinished / name, text)
             written[name] = record_of(unfinished / name)
         write_manifest(unfinished, written)
         publish(unfinished, final)
-        point_to(final)
-        remove_old_checkpoints(self._directory, **self._keep)
+        try:
+            point_to(final)
+            remove_old_checkpoints(self._directory, **self._keep)
+        except OSError as error:  # the checkpoint is complete, which is what counts
+            print(f"warning: {final} is saved, but tidying up after it failed: {error}", file=sys.stderr)
 
     def _failure(self, final: Path, reasons: Iterable[str]) -> str:
         complete = list_checkpoints(self._directory)
@@ -168,7 +177,7 @@ class _Staging:
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy all of them; they may change as soon as this returns."""
         copies = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
-        if torch.cuda.is_available():
+        if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
         return copies
 
