@@ -21,5 +21,9 @@ class LaunchError(UserError):
     """A launch that does not fit the machine or the output directory."""
 
 
+class LostRankError(LaunchError):
+    """Another rank has ended; whoever notices says so at once."""
+
+
 class TrainingError(UserError):
     """A run that cannot go on, such as one whose loss is no longer finite."""

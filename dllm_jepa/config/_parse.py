@@ -17,7 +17,7 @@ from dllm_jepa.config._resolve import resolve_config
 from dllm_jepa.config._rules import Launch
 from dllm_jepa.config._schema import TRAINING, Schema
 from dllm_jepa.config._validate import validate, warnings, with_defaults
-from dllm_jepa.errors import ConfigError, UserError
+from dllm_jepa.errors import ConfigError, LostRankError, UserError
 
 RecipeMain = Callable[[DictConfig], Any]
 
@@ -172,9 +172,9 @@ def _rank() -> int:
 
 
 def _report(error: UserError) -> None:
-    """Print a user error once per run: by rank 0 if it has it, else by the rank that does."""
+    """Print a user error once per run: by rank 0 if it has it, else by the rank that does. A lost rank has no time."""
     rank = _rank()
-    if rank != 0:
+    if rank != 0 and not isinstance(error, LostRankError):
         time.sleep(_SECONDS_FOR_RANK_ZERO)
     origin = f" (rank {rank})" if rank != 0 else ""
     print(f"error{origin}: {error}", file=sys.stderr, flush=True)

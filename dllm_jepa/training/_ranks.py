@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dllm_jepa.errors import LaunchError, UserError
+from dllm_jepa.errors import LostRankError, UserError
 from dllm_jepa.training._rendezvous import fresh_store
 
 Result = TypeVar("Result")
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_ROLL_CALL = timedelta(seconds=2)
+_ROLL_CALL_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Ranks:
             device: "cuda" or "cpu".
             replicate: number of groups of ranks that hold a whole model each; 1 shards over all ranks.
         """
+        _die_with_launcher()
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if world_size == 1:
             return cls(0, 1, torch.device(device))
-        _die_with_launcher()
         own_device = torch.device(device)
         if device == "cuda":
             own_device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -152,14 +152,19 @@ class Ranks:
         if not isinstance(error, RuntimeError) and not isinstance(error and error.__cause__, RuntimeError):
             self.leave()
 
-    def lost(self, error: BaseException) -> LaunchError | None:
-        """What to say instead of an error that comes from another rank having ended; None if it does not."""
+    def lost(self, error: BaseException) -> tuple[LostRankError, bool] | None:
+        """What to say instead of an error that comes from another rank having ended; None if it does not.
+
+        Returns:
+            The error, and whether this rank is the first of those that are left.
+        """
         # What gloo raises when a connection breaks is a plain RuntimeError.
         ended = self._ended() if isinstance(error, RuntimeError) else []
         if not ended:
             return None
         who = "; ".join(f"rank {rank} ({self.names[rank]}) has ended" for rank in ended)
-        return LaunchError(f"{who}: the others cannot go on without it. Its own last lines say why")
+        is_first = self.rank == min(set(range(self.world_size)) - {*ended})
+        return LostRankError(f"{who}: the others cannot go on without it. Its own last lines say why"), is_first
 
     def leave(self) -> None:
         """Leave the process group."""
@@ -177,13 +182,15 @@ class Ranks:
                 answers[peer] = dist.irecv(torch.zeros(1), peer, self.group)
             except RuntimeError:
                 ended.append(peer)
-        deadline = time.monotonic() + _ROLL_CALL.total_seconds()
+        deadline = time.monotonic() + _ROLL_CALL_SECONDS
         for peer, answer in answers.items():
+            start = time.monotonic()
+            seconds = max(deadline - start, 0.05)
             try:
                 if answer is not None:
-                    answer.wait(_ROLL_CALL)
+                    answer.wait(timedelta(seconds=seconds))
             except RuntimeError:
-                if time.monotonic() < deadline:
+                if time.monotonic() < start + seconds:  # not for lack of an answer
                     ended.append(peer)
         return sorted(ended)
 

@@ -31,6 +31,10 @@ class NewerFormatError(CheckpointError):
     """A checkpoint that only a later version can read; it is not damaged."""
 
 
+class UnreadableError(CheckpointError):
+    """A checkpoint that cannot be read at the moment; nothing says that it is damaged."""
+
+
 @dataclass(frozen=True)
 class FileRecord:
     """What a file must be.
@@ -140,7 +144,9 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
         content = json.loads(text)
     except FileNotFoundError:
         raise CheckpointError(f"{directory} is not a complete training checkpoint: it has no {MANIFEST_NAME}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read: {error}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     body = {key: content[key] for key in content if key != "sha256"} if isinstance(content, dict) else {}
     if not body or content.get("sha256") != _checksum(body) or text != _canonical(content):
@@ -164,7 +170,11 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
 
 
 def damage_of(directory: Path, name: str, expected: FileRecord) -> str | None:
-    """What is wrong with a file of a checkpoint; None if nothing is."""
+    """What is wrong with a file of a checkpoint; None if nothing is.
+
+    Raises:
+        OSError: if it is there but cannot be read.
+    """
     path = directory / name
     try:
         size = path.stat().st_size
@@ -173,8 +183,6 @@ def damage_of(directory: Path, name: str, expected: FileRecord) -> str | None:
         found = record_of(path)
     except FileNotFoundError:
         return f"{name} is missing"
-    except OSError as error:
-        return f"{name} cannot be read: {error}"
     return None if found == expected else f"{name} does not match its checksum"
 
 

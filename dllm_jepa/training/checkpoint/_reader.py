@@ -25,6 +25,7 @@ from dllm_jepa.training.checkpoint._manifest import (
     METADATA_NAME,
     STATE_NAME,
     FileRecord,
+    UnreadableError,
     damage_of,
     read_manifest,
 )
@@ -53,8 +54,10 @@ _METADATA_CLASSES: dict[tuple[str, str], Any] = {
 }
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _MetadataUnpickler(pickle._Unpickler):  # type: ignore[misc,name-defined]  # in Python: the C one has no such table
     """Admits the classes of DCP's metadata and types of tensors, nothing else."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         """Resolve one of the names that are admitted."""
@@ -63,6 +66,15 @@ class _MetadataUnpickler(pickle.Unpickler):
         if module_name == "torch" and isinstance(dtype := getattr(torch, global_name, None), torch.dtype):
             return dtype
         raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, which no checkpoint needs")
+
+    def load_build(self) -> None:
+        """Set the state of an object; never that of a class or function, which the whole process shares."""
+        target = self.stack[-2]
+        if isinstance(target, type) or target is _get_layout:
+            raise pickle.UnpicklingError(f"it changes {target.__qualname__} itself")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 class _Reader(FileSystemReader):
@@ -104,18 +116,24 @@ class SavedCheckpoint:
         """Read every file and compare it with the manifest; the ranks share the work and the verdict.
 
         Raises:
+            UnreadableError: if a file cannot be read, on whichever rank.
             CheckpointError: naming every damaged or missing file.
         """
         largest_first = sorted(self.files, key=lambda name: (-self.files[name].size, name))
         rank, world_size = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
-        own = [
-            damage
-            for name in largest_first[rank::world_size]
-            if (damage := damage_of(self.path, name, self.files[name]))
-        ]
-        damages = own if ranks is None else sum(ranks.gather_objects(own), [])
-        if damages:
-            raise CheckpointError(f"checkpoint {self.path} is damaged: {'; '.join(sorted(damages))}")
+        damages, unreadable = [], []
+        for name in largest_first[rank::world_size]:
+            try:
+                damages.append(damage_of(self.path, name, self.files[name]))
+            except OSError as error:
+                unreadable.append(f"{name}: {error}")
+        if ranks is not None:
+            damages = sum(ranks.gather_objects(damages), [])
+            unreadable = sum(ranks.gather_objects(unreadable), [])
+        if unreadable:
+            raise UnreadableError(f"checkpoint {self.path} cannot be read: {'; '.join(sorted(unreadable))}")
+        if found := sorted(filter(None, damages)):
+            raise CheckpointError(f"checkpoint {self.path} is damaged: {'; '.join(found)}")
 
     @functools.cached_property
     def state(self) -> dict[str, Any]:

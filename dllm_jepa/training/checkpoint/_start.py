@@ -7,7 +7,7 @@ from pathlib import Path
 from dllm_jepa.errors import CheckpointError, LaunchError
 from dllm_jepa.training._ranks import Ranks
 from dllm_jepa.training.checkpoint._directory import list_checkpoints, step_of
-from dllm_jepa.training.checkpoint._manifest import NewerFormatError
+from dllm_jepa.training.checkpoint._manifest import NewerFormatError, UnreadableError
 from dllm_jepa.training.checkpoint._reader import SavedCheckpoint
 
 
@@ -34,6 +34,7 @@ def find_start(resume: str, directory: Path, ranks: Ranks) -> Start:
 
     Raises:
         NewerFormatError: if the checkpoint can only be read by a later version.
+        UnreadableError: if it cannot be read at the moment.
         CheckpointError: if the named one is missing or damaged, or there are checkpoints and all are damaged.
         LaunchError: if `directory` holds checkpoints after the named one.
     """
@@ -52,7 +53,7 @@ def _newest_intact(directory: Path, ranks: Ranks) -> Start:
         try:
             checkpoint = _opened(path, ranks)
             checkpoint.verify(ranks)
-        except NewerFormatError:
+        except (NewerFormatError, UnreadableError):
             raise
         except CheckpointError as error:
             damaged[path] = str(error)
