@@ -40,6 +40,7 @@ from dllm_jepa.jepa import (
 )
 from dllm_jepa.models import HFCheckpoint, InitialWeights, MaskedDiffusionLM, init_rope, model_card, save_hf
 
+EXPORTS = {None: (), "online": ("online",), "target": ("target",), "both": ("online", "target")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -50,20 +51,23 @@ class DLLMJEPAFullRecipe:
         cfg: checked config; docs/configs.md lists its keys.
         ranks: the processes of the run.
         run: its output directory, and what it goes on from.
+        signals: tells when it is asked to stop.
     """
 
-    def __init__(self, cfg: DictConfig, ranks: training.Ranks, run: training.RunDirectory) -> None:
+    def __init__(
+        self, cfg: DictConfig, ranks: training.Ranks, run: training.RunDirectory, signals: training.StopSignals
+    ) -> None:
         """Hold on to what the run is made from; `setup` builds its parts."""
         self.cfg = cfg
         self.ranks = ranks
         self.run = run
+        self.signals = signals
         self.compute_dtype = DTYPES[cfg.compute_dtype]
         self.cleanup = ExitStack()  # what has to be closed, however the run ends
 
     def setup(self) -> None:
         """Build every part in order of use; what the user may have got wrong comes before what costs memory."""
         cfg = self.cfg
-        self.signals = self.cleanup.enter_context(training.StopSignals(self.ranks))
         changes = [] if self.run.resume_from is None else config.check_resume(cfg, self.run.resume_from.config)
         self.tokenizer = instantiate(cfg.tokenizer)
         with torch.device("meta"):
@@ -367,8 +371,8 @@ class DLLMJEPAFullRecipe:
         state = self.facts | {"step": self.num_steps, "metrics": self.run.metrics.last_row}
         dtype = DTYPES[cfg.export_dtype or cfg.compute_dtype]
         # What exists is from before an interruption between the two.
-        wanted = weights if cfg.export == "both" else [cfg.export]
-        for part, path in ((part, self.run.exports[part]) for part in wanted if not self.run.exports[part].exists()):
+        for part in self.run.missing(EXPORTS[cfg.export]):
+            path = self.run.exports[part]
             stream = training.full_tensors(weights[part])
             if not self.ranks.is_rank_zero:
                 deque(stream, maxlen=0)  # gathering takes part on every rank
@@ -383,16 +387,16 @@ def recipe_main(cfg: DictConfig) -> None:
     """Join the other ranks, claim the output directory, train, export."""
     with (
         training.Ranks.join(cfg.device, replicate=cfg.data_parallel_replicate_dim) as ranks,
+        training.StopSignals(ranks) as signals,
         training.RunDirectory(cfg.output_dir, cfg.resume, ranks, checkpoints=cfg.checkpoint.directory) as run,
     ):
-        if run.is_finished(cfg.max_steps):
+        if run.is_finished(cfg.max_steps, EXPORTS[cfg.export]):
             return
-        recipe = DLLMJEPAFullRecipe(cfg, ranks, run)
+        recipe = DLLMJEPAFullRecipe(cfg, ranks, run, signals)
         with recipe.cleanup:
             recipe.setup()
             recipe.train()
-            if cfg.export:
-                recipe.export()
+            recipe.export()
 
 
 if __name__ == "__main__":

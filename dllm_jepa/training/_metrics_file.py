@@ -33,6 +33,13 @@ class MetricsFile:
             raise LaunchError(f"{self.path} cannot be written: {error}") from None
         self.last_row = row
 
+    def last_step(self) -> int:
+        """The last step that was reported, by whichever rank; 0 if none was."""
+        if self.last_row or not self.path.exists():
+            return int(self.last_row.get("step", 0))
+        lines = self.path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
+        return max((_step_of(line) or 0 for line in lines), default=0)
+
     def sync(self) -> None:
         """Wait until every row that was written is on the disk, so that no checkpoint is ever ahead of them.
 

@@ -124,13 +124,13 @@ class Ranks:
         """Do something on rank zero; every rank gets its result, or its error.
 
         Raises:
-            OSError, UserError: on every rank, if `action` raises it.
+            OSError, UserError, SystemExit: on every rank, if `action` raises it.
         """
         outcome: list[Any] = [None, None]
         if self.is_rank_zero:
             try:
                 outcome[0] = action()
-            except (OSError, UserError) as error:
+            except (OSError, UserError, SystemExit) as error:
                 outcome[1] = error
         if self.group is not None:
             dist.broadcast_object_list(outcome, src=0, group=self.group)

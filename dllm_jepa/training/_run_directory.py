@@ -9,11 +9,9 @@ output_dir/
     .lock            held while a run uses the directory
 """
 
-import json
 import os
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +22,7 @@ from dllm_jepa.training._lock import RunLock
 from dllm_jepa.training._metrics_file import MetricsFile
 from dllm_jepa.training._ranks import Ranks
 from dllm_jepa.training._signals import Stopped
+from dllm_jepa.training._status import StatusFile, is_restart
 from dllm_jepa.training.checkpoint import (
     SavedCheckpoint,
     find_start,
@@ -51,7 +50,7 @@ class RunDirectory:
     def __init__(self, path: str | Path, resume: str, ranks: Ranks, checkpoints: str | Path | None = None) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
-        self.status = self.path / "status.json"
+        self.status = StatusFile(self.path / "status.json")
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
         self.checkpoints = self.path / "checkpoints" if checkpoints is None else Path(checkpoints)
         self.exports = {"online": self.path / "hf", "target": self.path / "hf_target"}
@@ -62,13 +61,15 @@ class RunDirectory:
         elsewhere = [] if checkpoints is None else [self.checkpoints]
         self._locks = [RunLock(folder) for folder in (self.path, *elsewhere)]
         try:
-            ranks.on_rank_zero(self._claim)
+            self._found, self._resume = ranks.on_rank_zero(self._claim)
             for lock in self._locks:
                 lock.join(ranks.rank)
-            self._start = find_start(resume, self.checkpoints, ranks)
-            self._finished_steps: int | None = ranks.on_rank_zero(self._read_finished_steps)
-        except BaseException:
+            self._start = find_start(self._resume, self.checkpoints, ranks)
+            ranks.on_rank_zero(self._check_start)
+        except BaseException as error:
             self._release()
+            if (lost := ranks.lost(error)) is not None:
+                raise lost[0] from error
             raise
 
     @property
@@ -81,18 +82,25 @@ class RunDirectory:
         """Optimizer steps done before."""
         return 0 if self.resume_from is None else self.resume_from.step
 
-    def is_finished(self, max_steps: int | None) -> bool:
+    def is_finished(self, max_steps: int | None, exports: Sequence[str]) -> bool:
         """Whether the run to resume by "auto" has come to its end.
 
         Args:
             max_steps: steps that it is meant to have; None if they follow from the data.
+            exports: the models that it is meant to leave, names of `exports`.
         """
-        done = self._finished_steps
+        done = self._found["step"] if self._found.get("state") == "finished" else None
         if self._resume != "auto" or done is None or (max_steps is not None and done < max_steps):
+            return False
+        if self.missing(exports):
             return False
         if self._ranks.is_rank_zero:
             print(f"{self.path} holds a finished run of {done} steps: nothing to do. To add steps, set max_steps")
         return True
+
+    def missing(self, exports: Sequence[str]) -> list[str]:
+        """Which of the models are not exported yet; the same on every rank."""
+        return self._ranks.on_rank_zero(lambda: [part for part in exports if not self.exports[part].exists()])
 
     def check_steps(self, num_steps: int) -> None:
         """Compare with the steps that the run is meant to have, before anything is written.
@@ -103,7 +111,8 @@ class RunDirectory:
         """
         if self.resume_from is not None and num_steps < self.start_step:
             raise ConfigError(f"{self.resume_from.path} is past the last of {num_steps} steps: raise max_steps")
-        exported = [str(path) for path in self.exports.values() if path.exists()]
+        missing = self.missing([*self.exports])
+        exported = [str(path) for part, path in self.exports.items() if part not in missing]
         if exported and self.start_step < num_steps:
             raise LaunchError(
                 f"output_dir={self.path} holds the export of a run that came to its end: move {' and '.join(exported)} "
@@ -130,21 +139,10 @@ class RunDirectory:
             raise LaunchError(f"output_dir={self.path} cannot be written: {error}") from None
 
     def record(self, state: str, reason: str | None = None) -> None:
-        """Write status.json, on rank zero."""
-        if not self._ranks.is_rank_zero:
-            return
+        """Write status.json."""
         complete = list_checkpoints(self.checkpoints)
-        status = {
-            "state": state,
-            "reason": reason,
-            "step": int(self.metrics.last_row.get("step", self.start_step)),
-            "checkpoint": str(complete[-1]) if complete else None,
-            "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-        }
-        try:
-            write_atomically(self.status, json.dumps(status, indent=1) + "\n")
-        except OSError as error:  # a full disk must not hide what it has led to
-            print(f"warning: {self.status} cannot be written: {error}", file=sys.stderr)
+        step = max(self.metrics.last_step(), self.start_step)
+        self.status.write(state, reason, step=step, checkpoint=complete[-1] if complete else None)
 
     def __enter__(self) -> "RunDirectory":
         """Nothing to do: the directory is claimed when it is made."""
@@ -157,20 +155,23 @@ class RunDirectory:
             LaunchError: in place of an error that comes from another rank having ended.
         """
         lost = None if error is None else self._ranks.lost(error)
-        if self._is_open and isinstance(error, Stopped):
+        writes = self._is_open and (self._ranks.is_rank_zero if lost is None else lost[1])
+        if writes and lost is not None:
+            self.record("failed", str(lost[0]))
+        elif writes and isinstance(error, Stopped):
             self.record("stopped", error.reason)
-            if self._ranks.is_rank_zero:
-                saved = list_checkpoints(self.checkpoints)[-1]
-                print(f"stopped by {error.reason} with {saved} saved: go on by resume=auto", file=sys.stderr)
-        elif self._is_open and error is not None:
-            self.record("failed", f"{type(error).__name__}: {error}" if lost is None else str(lost))
-        elif self._is_open:
+            saved = list_checkpoints(self.checkpoints)[-1]
+            print(f"stopped by {error.reason} with {saved} saved: go on by resume=auto", file=sys.stderr)
+        elif writes and error is not None:
+            self.record("failed", f"{type(error).__name__}: {error}")
+        elif writes:
             self.record("finished")
         self._release()
         if lost is not None:
-            raise lost from error
+            raise lost[0] from error
 
-    def _claim(self) -> None:
+    def _claim(self) -> tuple[dict[str, Any], str]:
+        """Take the locks and look around; returns status.json and how to resume."""
         for folder in (self.path, self.checkpoints):
             if folder.exists() and not folder.is_dir():
                 raise LaunchError(f"output_dir={folder} is a file; choose another directory")
@@ -181,6 +182,11 @@ class RunDirectory:
                 )
         for lock in self._locks:
             lock.acquire()
+        status = self.status.read()
+        if is_restart(status):
+            if status["state"] == "stopped":  # a signal that torchrun has not seen; it takes the exit for a failure
+                raise Stopped(str(status["reason"]))
+            return status, "auto"  # whatever the launch began with, it goes on from there
         held = [path.name for path in (self.metrics.path, *self.exports.values()) if path.exists()]
         saved = list_checkpoints(self.checkpoints)
         held += [self.checkpoints.name] if saved else []
@@ -190,16 +196,16 @@ class RunDirectory:
                 f"output_dir={self.path} already holds a run ({', '.join(held)}); nothing is overwritten: choose "
                 f"another output_dir{hint}"
             )
+        return status, self._resume
 
-    def _read_finished_steps(self) -> int | None:
-        try:
-            status: Any = json.loads(self.status.read_text(encoding="utf-8"))
-            return int(status["step"]) if status["state"] == "finished" else None
-        except FileNotFoundError:
-            return None
-        except (OSError, KeyError, TypeError, ValueError) as error:  # ValueError: also what is no JSON, or no UTF-8
-            print(f"warning: {self.status} is damaged ({error!r}) and not relied on", file=sys.stderr)
-            return None
+    def _check_start(self) -> None:
+        """Refuse to begin anew beside checkpoints that are looked for in another place."""
+        known = self._found.get("checkpoint")
+        if self._resume == "auto" and self.resume_from is None and known is not None and Path(known).exists():
+            raise LaunchError(
+                f"output_dir={self.path} has a training state in {known}, and checkpoint.directory leads to "
+                f"{self.checkpoints}, where there is none: set it back, or move {self.status.path} away to start again"
+            )
 
     def _open(self, config_yaml: str, changes: Sequence[str]) -> None:
         remove_unfinished(self.checkpoints)
@@ -208,6 +214,8 @@ class RunDirectory:
         problem = self.metrics.cut_back(self.start_step)
         for line in (*lines, *([problem] if problem else [])):
             print(f"warning: {line}", file=sys.stderr)
+        if self.resume_from is None and self._resume == "auto":
+            print(f"starting at step 0: there is no training state in {self.checkpoints}", file=sys.stderr)
         if self.resume_from is not None:
             print(f"going on from {self.resume_from.path}, step {self.start_step}", file=sys.stderr)
             for line in changes:

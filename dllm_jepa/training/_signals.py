@@ -24,6 +24,10 @@ class Stopped(SystemExit):
         super().__init__(STOPPED_EXIT_CODE)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type["Stopped"], tuple[str]]:
+        """Made again on another rank from its reason, not from its exit code."""
+        return Stopped, (self.reason,)
+
 
 class StopSignals:
     """Remembers a signal until the end of the step. A context manager, to be used in the main thread.

@@ -18,7 +18,7 @@ from torchtune.config import instantiate
 
 from dllm_jepa.config import TRAINING, find_recipes, load_config, with_defaults
 from dllm_jepa.jepa import LossWeight, shuffled_partners
-from dllm_jepa.training import Ranks, RunDirectory
+from dllm_jepa.training import Ranks, RunDirectory, StopSignals
 from tests.numerics.plain_loops import Parts, Sequence, assert_gradients_close, losses_by_hand, use_double_precision
 
 JEPA_WEIGHT = 0.5
@@ -63,7 +63,8 @@ def build_recipe(output_dir: Path, cfg_parts: dict[str, Any] | None = None, **ov
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     ranks = Ranks.join("cpu")
-    recipe = module.DLLMJEPAFullRecipe(with_defaults(cfg, TRAINING), ranks, RunDirectory(output_dir, "never", ranks))
+    run = RunDirectory(output_dir, "never", ranks)
+    recipe = module.DLLMJEPAFullRecipe(with_defaults(cfg, TRAINING), ranks, run, StopSignals(ranks))
     recipe.setup()
     return recipe
 

@@ -97,18 +97,18 @@ def test_status_says_how_the_run_stands(tmp_path: Path) -> None:
 
 def test_a_finished_run_is_known_by_its_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_for(tmp_path, 4)
-    assert not directory(tmp_path, "auto").is_finished(4)
+    assert not directory(tmp_path, "auto").is_finished(4, [])
     run_for(tmp_path, 4, "auto", ends=True)
-    assert directory(tmp_path, "auto").is_finished(None)
-    assert directory(tmp_path, "auto").is_finished(4)
+    assert directory(tmp_path, "auto").is_finished(None, [])
+    assert directory(tmp_path, "auto").is_finished(4, [])
     assert "holds a finished run of 4 steps: nothing to do" in capsys.readouterr().out
-    assert not directory(tmp_path, "auto").is_finished(5)
+    assert not directory(tmp_path, "auto").is_finished(5, [])
 
 
 def test_a_damaged_status_is_not_relied_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_for(tmp_path, 2, ends=True)
     (tmp_path / "status.json").write_bytes(b'{"state": "fini\xff')
-    assert not directory(tmp_path, "auto").is_finished(2)
+    assert not directory(tmp_path, "auto").is_finished(2, [])
     assert "status.json is damaged" in capsys.readouterr().err
 
 

@@ -54,10 +54,14 @@ _METADATA_CLASSES: dict[tuple[str, str], Any] = {
 }
 
 
-class _MetadataUnpickler(pickle._Unpickler):  # type: ignore[misc,name-defined]  # in Python: the C one has no such table
+# The one in Python: that in C cannot be told how to set the state of an object.
+_PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
+
+
+class _MetadataUnpickler(_PythonUnpickler):  # type: ignore[misc]
     """Admits the classes of DCP's metadata and types of tensors, nothing else."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch = dict(_PythonUnpickler.dispatch)
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         """Resolve one of the names that are admitted."""
