@@ -85,7 +85,6 @@ class DLLMJEPAFullRecipe:
             training.check_trained(self.run.resume_from, "model", self.model)
             changes += training.compare_facts(self.run.resume_from.state, self.facts, override=cfg.resume_override)
         metric_logger = self.setup_metric_logger()
-
         self.setup_model()
         self.trained = nn.ModuleDict({"model": self.model})
         self.target_encoder = None
@@ -144,8 +143,7 @@ class DLLMJEPAFullRecipe:
             set_activation_checkpointing(self.model, auto_wrap_policy={TransformerSelfAttentionLayer})
         units = [*self.model.backbone.layers, *([] if self.model.head is None else [self.model.head])]
         training.shard(self.model, units, self.ranks, self.compute_dtype)
-        initial = InitialWeights(self.model, seed=cfg.seed, num_layers=self.model.sizes.num_layers)
-        source = initial if self.origin is None else self.origin
+        source = self.origin or InitialWeights(self.model, seed=cfg.seed, num_layers=self.model.sizes.num_layers)
         training.materialize(self.model, source.read, dtype=DTYPES[cfg.dtype], device=self.ranks.device)
         init_rope(self.model)
 
@@ -167,8 +165,7 @@ class DLLMJEPAFullRecipe:
         sizes = self.model.sizes
         with torch.device("meta"):
             predictor: nn.Module = instantiate(self.cfg.predictor, sizes.embed_dim, sizes.mlp_dim)
-        num_layers = self.cfg.predictor.get("num_layers", 1)
-        initial = InitialWeights(predictor, seed=self.cfg.seed, num_layers=num_layers)
+        initial = InitialWeights(predictor, seed=self.cfg.seed, num_layers=self.cfg.predictor.get("num_layers", 1))
         training.shard(predictor, [], self.ranks, self.compute_dtype)
         training.materialize(predictor, initial.read, dtype=DTYPES[self.cfg.dtype], device=self.ranks.device)
         return predictor
@@ -366,14 +363,14 @@ class DLLMJEPAFullRecipe:
         cfg = self.cfg
         weights = {"online": self.model.state_dict()}
         if self.target_encoder is not None:  # it has no head: the trained one goes with it
-            averages = self.target_encoder.backbone.state_dict()
-            weights["target"] = weights["online"] | {f"backbone.{name}": value for name, value in averages.items()}
+            weights["target"] = weights["online"] | {
+                f"backbone.{n}": w for n, w in self.target_encoder.tensors().items()
+            }
         state = self.facts | {"step": self.num_steps, "metrics": self.run.metrics.last_row}
         dtype = DTYPES[cfg.export_dtype or cfg.compute_dtype]
         # What exists is from before an interruption between the two.
         for part in self.run.missing(EXPORTS[cfg.export]):
-            path = self.run.exports[part]
-            stream = training.full_tensors(weights[part])
+            path, stream = self.run.exports[part], training.full_tensors(weights[part])
             if not self.ranks.is_rank_zero:
                 deque(stream, maxlen=0)  # gathering takes part on every rank
                 continue

@@ -108,6 +108,17 @@ class SignalAtStep:
     def close(self) -> None: ...
 
 
+class FailAtStep(SignalAtStep):
+    """A metric logger that breaks after a step."""
+
+    def __init__(self, at_step: int) -> None:
+        super().__init__(at_step, "SIGTERM")
+
+    def log_dict(self, payload: dict[str, Any], step: int) -> None:
+        if step == self._at_step:
+            raise ZeroDivisionError
+
+
 def status(output_dir: Path) -> dict[str, Any]:
     """A run's status.json."""
     return json.loads((output_dir / "status.json").read_text())

@@ -45,8 +45,8 @@ class StatusFile:
     def read(self) -> dict[str, Any]:
         """What it says; nothing if it is not there, or damaged, which is said."""
         try:
-            status = json.loads(self.path.read_text(encoding="utf-8"))
-            return {"state": str(status["state"]), "step": int(status["step"])} | status
+            status: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+            return status | {"state": str(status["state"]), "step": int(status["step"])}
         except FileNotFoundError:
             return {}
         except (OSError, KeyError, TypeError, ValueError) as error:  # ValueError: also what is no JSON, or no UTF-8

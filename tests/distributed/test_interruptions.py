@@ -99,6 +99,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         2,
         {
             directory / "two": list(KEPT),
+            directory / "asynchronous": [*KEPT, "checkpoint.async_save=true"],
             directory / "eight_bit": [*EIGHT_BIT],
             directory / "eight_bit_half": [*EIGHT_BIT, "max_steps=2"],
         },
@@ -147,7 +148,10 @@ def test_sigterm_to_the_launcher(tmp_path: Path, runs: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_launcher_leaves_nothing_behind_and_a_killed_rank_is_restarted(tmp_path: Path, runs: Path) -> None:
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_launcher_leaves_nothing_behind_and_a_killed_rank_is_restarted(
+    tmp_path: Path, runs: Path, victim: int
+) -> None:
     run = tmp_path / "run"
     launched = Launched(run, *RUN)
     launched.wait_for_step(6)
@@ -162,13 +166,20 @@ def test_a_killed_launcher_leaves_nothing_behind_and_a_killed_rank_is_restarted(
     # Now a rank: the other one says which, and torchrun starts both again.
     launched = Launched(run, *RUN, "resume=auto", options=("--max-restarts=1",))
     launched.wait_for_step(12)
-    victim = launched.ranks()[-1]
-    os.kill(victim, signal.SIGKILL)
+    pid = launched.ranks()[victim]
+    os.kill(pid, signal.SIGKILL)
     launched.wait_for(lambda: "has ended" in launched.output(), seconds=30)
-    assert f"pid {victim}) has ended: the others cannot go on without it" in launched.output()
+    assert f"rank {victim} (" in launched.output()
+    assert f"pid {pid}) has ended: the others cannot go on without it" in launched.output()
     output = launched.log.name
     assert launched.end() == 0, Path(output).read_text()
     assert_same_as_uninterrupted(run, runs / "two")
+
+
+def test_asynchronous_saves_of_two_ranks_are_the_same_states(runs: Path) -> None:
+    assert without_time(metrics(runs / "asynchronous")) == without_time(metrics(runs / "two"))
+    for step in range(4, STEPS + 1, 4):
+        assert_same_state(runs / "asynchronous", runs / "two", step)
 
 
 @pytest.mark.parametrize(("run", "reference"), [("two_to_one", "two"), ("one_to_two", "one")])

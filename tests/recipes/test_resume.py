@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from dllm_jepa import cli
 from dllm_jepa.models import load_hf
 from tests.launching import assert_same_state, metrics, run_here, status, training_state, without_time
-from tests.training.small_checkpoints import flip_a_byte
+from tests.training.small_checkpoints import flip_a_byte, forge
 
 EVERY_TWO = ("checkpoint={every_n_steps: 2, keep_last: null}",)
 
@@ -201,6 +201,40 @@ def test_more_steps_on_the_same_schedule(tmp_path: Path, whole: Path) -> None:
     assert_same_state(tmp_path, whole, 6)
 
 
+def test_checkpoints_looked_for_in_the_wrong_place_are_not_forgotten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exits_with(75, tmp_path / "run", signal_at(2, "SIGTERM"))
+    message = refusal(capsys, tmp_path / "run", "resume=auto", f"checkpoint.directory={tmp_path}/elsewhere")
+    assert "has a training state in" in message and "step_00000002, and checkpoint.directory leads to" in message
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_finished_run_still_owes_an_export_that_is_asked_for_later(tmp_path: Path) -> None:
+    run_here(tmp_path, "checkpoint.every_n_steps=3", "max_steps=3", "export=online")
+    run_here(tmp_path, "checkpoint.every_n_steps=3", "max_steps=3", "export=both", "resume=auto")
+    assert (tmp_path / "hf_target/config.json").exists()
+
+
+def test_a_start_after_a_failed_one_of_the_same_launch(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torchrun does with --max-restarts: whatever `resume` says, it goes on; but not after a signal."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch 1")
+    with pytest.raises(ZeroDivisionError):
+        run_here(tmp_path / "run", *EVERY_TWO, "metric_logger={_component_: tests.launching.FailAtStep, at_step: 3}")
+    assert status(tmp_path / "run")["state"] == "failed"
+    exits_with(1, tmp_path / "run", *EVERY_TWO)  # not started by torchrun: it holds a run
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    exits_with(75, tmp_path / "run", *EVERY_TWO, signal_at(5, "SIGTERM"))
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    exits_with(75, tmp_path / "run", *EVERY_TWO)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "launch 2")
+    exits_with(1, tmp_path / "run", *EVERY_TWO)
+    run_here(tmp_path / "run", *EVERY_TWO, "resume=auto")
+    assert_same_state(tmp_path / "run", whole, 6)
+
+
 # Exports
 
 
@@ -284,17 +318,16 @@ def test_exports_that_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("builder", ["os.mkdir", "dllm_jepa.models._hf_writer.shutil.os.mkdir"])
 def test_a_checkpoint_cannot_name_code_to_run(
-    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], builder: str
 ) -> None:
-    """Its config names the tokenizer's builder; only our own are called."""
-    from tests.training.checkpoint.test_files import forge
-
+    """Its config names the tokenizer's builder; only our own are called, and not what can be reached by way of them."""
     checkpoint = Path(shutil.copytree(exported / "checkpoints/step_00000003", tmp_path / "foreign"))
     config = (checkpoint / "config.yaml").read_text()
     ours = "_component_: dllm_jepa.models.tiny.tiny_tokenizer"
     assert ours in config
-    harm = f"_component_: os.mkdir\n  path: {tmp_path}/harm"
+    harm = f"_component_: {builder}\n  path: {tmp_path}/harm"
     forge(checkpoint, **{"config.yaml": config.replace(ours + "\n", harm + "\n").encode()})
     with pytest.raises(SystemExit):
         cli.main(["export", str(checkpoint), str(tmp_path / "out")])

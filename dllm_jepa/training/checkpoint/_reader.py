@@ -55,7 +55,7 @@ _METADATA_CLASSES: dict[tuple[str, str], Any] = {
 
 
 # The one in Python: that in C cannot be told how to set the state of an object.
-_PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
+_PythonUnpickler: Any = pickle._Unpickler
 
 
 class _MetadataUnpickler(_PythonUnpickler):  # type: ignore[misc]

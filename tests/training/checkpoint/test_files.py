@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.training import SavedCheckpoint
 from dllm_jepa.training.checkpoint import NewerFormatError, find_start, list_checkpoints
+from dllm_jepa.training.checkpoint._manifest import UnreadableError
 from tests.training.small_checkpoints import ONE_PROCESS, flip_a_byte, forge, save, tensors, writer
 
 FILES = (".metadata", "__0_0.distcp", "config.yaml", "manifest.json", "state.json")
@@ -160,6 +161,7 @@ def path_outside(checkpoint: Path, flag: Path) -> bytes:
         (lambda _, flag: pickle.dumps(Metadata({}, planner_data=Harm(flag))), r"asks for (posix|os)\.mkdir"),
         (lambda _, flag: b"cbuiltins\neval\n(S'1'\ntR.", r"asks for builtins\.eval"),
         (lambda _, flag: b"ctorch\nload\n(S'x'\ntR.", r"asks for torch\.load"),
+        (lambda _, flag: b"cpathlib\nPosixPath\n(N}S'name'\nS'harm'\nstb.", "changes PurePosixPath itself"),
         (lambda _, flag: pickle.dumps({"no": "metadata"}), "is refused"),
         (lambda _, flag: b"no pickle at all", "is refused"),
         (lambda _, flag: b"", "is refused"),
@@ -200,6 +202,8 @@ def test_a_data_file_that_means_harm_runs_nothing(checkpoint: Path, tmp_path: Pa
         ({"files": {}}, "is not a manifest"),
         ({"format": 1, "files": {"../../x": {"size": 1, "sha256": "0"}}}, "names files outside its directory"),
         ({"format": 1, "files": {"x": 3}}, "is not a manifest"),
+        ({"format": 1, "files": {"a\0b": {"size": 1, "sha256": "0"}}}, "names files outside its directory"),
+        ({"format": 1, "files": {"__0_0.distcp": {"size": 1, "sha256": "0"}}}, "does not list .metadata, config.yaml"),
     ],
 )
 def test_forged_manifests_are_refused(checkpoint: Path, manifest: dict[str, Any], message: str) -> None:
@@ -210,6 +214,30 @@ def test_forged_manifests_are_refused(checkpoint: Path, manifest: dict[str, Any]
     (checkpoint / "manifest.json").write_text(canonical(manifest | {"sha256": checksum}))
     with pytest.raises(CheckpointError, match=message):
         SavedCheckpoint(checkpoint)
+
+
+def test_a_file_that_cannot_be_read_at_the_moment_is_not_called_damaged(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system that hiccups must not cost the newest checkpoint, by "auto" neither."""
+
+    def stale(*_: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    save(checkpoint.parent, 9)
+    monkeypatch.setattr("dllm_jepa.training.checkpoint._manifest.record_of", stale)
+    for resume in ("auto", str(checkpoint.parent / "step_00000009")):
+        with pytest.raises(UnreadableError, match=r"step_00000009 cannot be read: .*Stale file handle"):
+            find_start(resume, checkpoint.parent, ONE_PROCESS)
+
+
+def test_a_link_is_followed_once(checkpoint: Path) -> None:
+    """A run that saves meanwhile leads `latest` elsewhere."""
+    saved = SavedCheckpoint(checkpoint.parent / "latest")
+    save(checkpoint.parent, 9)
+    assert (checkpoint.parent / "latest").resolve().name == "step_00000009"
+    assert saved.read("trained.model.weight", torch.float32).unique().tolist() == [7.0]
+    assert saved.step == 7
 
 
 def test_other_tensors_are_listed(checkpoint: Path) -> None:
@@ -254,25 +282,29 @@ def operations_of(monkeypatch: pytest.MonkeyPatch, last: int, error: Callable[[]
     return done
 
 
-def crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> Iterator[Path]:
-    """Directories in which a save of step 8, after steps 4 and 6, broke off at its first, second, ... operation."""
+Broken = tuple[Path, BaseException | None]
+
+
+def broken_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]
+) -> Iterator[Broken]:
+    """Saves of step 8, after steps 4 and 6, of which the first, second, ... operation fails, and what they raised."""
     for last in range(200):
-        directory = tmp_path / f"crash_{last}"
+        directory = tmp_path / f"save_{last}"
         for step in (4, 6):
             save(directory, step, keep_last=2)
         saver = writer(directory, keep_last=2)
+        raised = None
         with monkeypatch.context() as patched:
             done = operations_of(patched, last, error)
             try:
                 saver.save(8, tensors(8), {"metrics": {}})
-            except (Crash, CheckpointError):
-                broke_off = True
-            else:
-                broke_off = False
-        if not broke_off:
+            except (Crash, CheckpointError) as caught:
+                raised = caught
+        if len(done) <= last:
             assert last > 25, done  # the operations are seen
             return
-        yield directory
+        yield directory, raised
         shutil.rmtree(directory)
     raise AssertionError("the save never came to its end")
 
@@ -281,7 +313,8 @@ def test_a_crash_at_any_moment_of_a_save_leaves_an_intact_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = set()
-    for directory in crashes(tmp_path, monkeypatch, Crash):
+    for directory, raised in broken_saves(tmp_path, monkeypatch, Crash):
+        assert isinstance(raised, Crash)
         start = find_start("auto", directory, ONE_PROCESS)
         assert start.checkpoint is not None and not start.damaged
         live = tensors(0)
@@ -296,12 +329,28 @@ def test_a_crash_at_any_moment_of_a_save_leaves_an_intact_checkpoint(
 
 
 def test_a_failure_at_any_moment_of_a_save_is_said_and_leaves_the_old_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for directory in crashes(tmp_path, monkeypatch, lambda: OSError(errno.ENOSPC, "No space left on device")):
-        assert [path.name for path in list_checkpoints(directory)][-2:-1] in (["step_00000004"], ["step_00000006"])
+    """An error means that step 8 is not there. Once it is there, what fails is a warning."""
+    outcomes = set()
+    for directory, raised in broken_saves(
+        tmp_path, monkeypatch, lambda: OSError(errno.ENOSPC, "No space left on device")
+    ):
+        said = capsys.readouterr().err
+        steps = [int(path.name.removeprefix("step_")) for path in list_checkpoints(directory)]
         for path in list_checkpoints(directory):
             SavedCheckpoint(path).verify()
+        if raised is None:
+            assert steps[-2:] == [6, 8]
+            outcomes.add("tidying up after it failed" in said or "does not lead to" in said)
+        elif 8 in steps:  # its name was not yet on the disk for certain
+            assert "could not be written" in str(raised)
+            outcomes.add("published")
+        else:
+            assert steps == [4, 6]
+            assert "step_00000008 could not be written: [Errno 28] No space left on device" in str(raised)
+            assert "the last complete one is" in str(raised) and "step_00000006" in str(raised)
+    assert True in outcomes
 
 
 def test_the_reason_of_a_failure_and_the_last_good_one_are_named(
