@@ -361,16 +361,14 @@ class DLLMJEPAFullRecipe:
     def export(self) -> None:
         """Write the models that the config asks for as Hugging Face directories."""
         cfg = self.cfg
-        weights = {"online": self.model.state_dict()}
+        parts = {"online": self.model.state_dict()}
         if self.target_encoder is not None:  # it has no head: the trained one goes with it
-            weights["target"] = weights["online"] | {
-                f"backbone.{n}": w for n, w in self.target_encoder.tensors().items()
-            }
+            parts["target"] = parts["online"] | {f"backbone.{n}": w for n, w in self.target_encoder.tensors().items()}
         state = self.facts | {"step": self.num_steps, "metrics": self.run.metrics.last_row}
         dtype = DTYPES[cfg.export_dtype or cfg.compute_dtype]
         # What exists is from before an interruption between the two.
         for part in self.run.missing(EXPORTS[cfg.export]):
-            path, stream = self.run.exports[part], training.full_tensors(weights[part])
+            path, stream = self.run.exports[part], training.full_tensors(parts[part])
             if not self.ranks.is_rank_zero:
                 deque(stream, maxlen=0)  # gathering takes part on every rank
                 continue
