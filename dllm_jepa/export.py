@@ -17,7 +17,6 @@ from dllm_jepa.models.tiny import tiny_tokenizer
 from dllm_jepa.training import SavedCheckpoint, check_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PARTS = ("online", "target")
 
 # A config names functions to call; of a file that somebody else may have written only these are called. The whole path
 # is compared: by way of a module's own imports a longer one leads anywhere.
@@ -58,9 +57,9 @@ def export_checkpoint(
     state, config = checkpoint.state, OmegaConf.load(checkpoint.config)
     base = like or (None if state["base"] is None else Path(state["base"]))
     if base is not None and not base.is_dir():
+        what = f"--like {base}" if like else f"the run started from {base}, which"
         raise CheckpointError(
-            f"the run started from {base}, which is not here; give the directory to copy config.json and the tokenizer "
-            "from by --like"
+            f"{what} is not a directory here; give the one to copy config.json and the tokenizer from by --like"
         )
     model = _build(state["model"])
     check_trained(checkpoint, "model", model)

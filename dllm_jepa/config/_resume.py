@@ -14,6 +14,7 @@ from dllm_jepa.config._wording import shown
 from dllm_jepa.errors import ConfigError
 
 _ABSENT = "nothing"
+_ABOUT_RESUMING = ("resume", "resume_override")
 
 
 def check_resume(cfg: DictConfig, saved: Path, schema: Schema = TRAINING) -> list[str]:
@@ -33,7 +34,7 @@ def check_resume(cfg: DictConfig, saved: Path, schema: Schema = TRAINING) -> lis
     before, after = _plain(with_defaults(read_config(saved), schema)), _plain(with_defaults(cfg, schema))
     harmless: list[str] = []
     changing: list[str] = []
-    for key in schema.keys:
+    for key in (key for key in schema.keys if key.name not in _ABOUT_RESUMING):
         for name, old, new in _changes(key.name, before.get(key.name, _ABSENT), after.get(key.name, _ABSENT)):
             line = f"{name}: {shown(old)} -> {shown(new)}"
             (harmless if _may_change(key, name, before, after) else changing).append(line)

@@ -62,7 +62,7 @@ class RunLock:
         """Take the part of another rank; after `acquire` on rank zero.
 
         Raises:
-            LaunchError: if this rank does not see the file.
+            LaunchError: if this rank does not see the file, or its part is taken.
         """
         if rank == 0:
             return
@@ -73,7 +73,8 @@ class RunLock:
                 f"rank {rank} on {socket.gethostname()} cannot open {self._path} ({error}): output_dir must be on a "
                 "file system that all machines share"
             ) from None
-        self._lock(self._descriptor, first_byte=rank, num_bytes=1)
+        if not self._lock(self._descriptor, first_byte=rank, num_bytes=1):
+            raise LaunchError(f"rank {rank} of another run still uses {self._path.parent}; wait for it to end")
 
     def release(self, *, is_used: bool) -> None:
         """Free the lock. The file stays: to remove it would let a third run past one that waits for it.

@@ -12,6 +12,7 @@ output_dir/
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -61,13 +62,15 @@ class RunDirectory:
         elsewhere = [] if checkpoints is None else [self.checkpoints]
         self._locks = [RunLock(folder) for folder in (self.path, *elsewhere)]
         try:
-            self._found, self._resume = ranks.on_rank_zero(self._claim)
-            for lock in self._locks:
-                lock.join(ranks.rank)
-            self._start = find_start(self._resume, self.checkpoints, ranks)
-            ranks.on_rank_zero(self._check_start)
-        except BaseException as error:
-            self._release()
+            with ExitStack() as undo:
+                undo.callback(self._release)
+                self._found, self._resume = ranks.on_rank_zero(self._claim)
+                for lock in self._locks:
+                    lock.join(ranks.rank)
+                self._start = find_start(self._resume, self.checkpoints, ranks)
+                ranks.on_rank_zero(self._check_start)
+                undo.pop_all()
+        except RuntimeError as error:
             if (lost := ranks.lost(error)) is not None:
                 raise lost[0] from error
             raise
@@ -138,12 +141,6 @@ class RunDirectory:
         except OSError as error:
             raise LaunchError(f"output_dir={self.path} cannot be written: {error}") from None
 
-    def record(self, state: str, reason: str | None = None) -> None:
-        """Write status.json."""
-        complete = list_checkpoints(self.checkpoints)
-        step = max(self.metrics.last_step(), self.start_step)
-        self.status.write(state, reason, step=step, checkpoint=complete[-1] if complete else None)
-
     def __enter__(self) -> "RunDirectory":
         """Nothing to do: the directory is claimed when it is made."""
         return self
@@ -157,15 +154,16 @@ class RunDirectory:
         lost = None if error is None else self._ranks.lost(error)
         writes = self._is_open and (self._ranks.is_rank_zero if lost is None else lost[1])
         if writes and lost is not None:
-            self.record("failed", str(lost[0]))
+            if self.status.read().get("state") == "running":  # the rank that has ended did not say why itself
+                self._record("failed", str(lost[0]))
         elif writes and isinstance(error, Stopped):
-            self.record("stopped", error.reason)
+            self._record("stopped", error.reason)
             saved = list_checkpoints(self.checkpoints)[-1]
             print(f"stopped by {error.reason} with {saved} saved: go on by resume=auto", file=sys.stderr)
         elif writes and error is not None:
-            self.record("failed", f"{type(error).__name__}: {error}")
+            self._record("failed", f"{type(error).__name__}: {error}")
         elif writes:
-            self.record("finished")
+            self._record("finished")
         self._release()
         if lost is not None:
             raise lost[0] from error
@@ -220,7 +218,13 @@ class RunDirectory:
             print(f"going on from {self.resume_from.path}, step {self.start_step}", file=sys.stderr)
             for line in changes:
                 print(f"  changed: {line}", file=sys.stderr)
-        self.record("running")
+        self._record("running")
+
+    def _record(self, state: str, reason: str | None = None) -> None:
+        """Write status.json."""
+        complete = list_checkpoints(self.checkpoints)
+        step = max(self.metrics.last_step(), self.start_step)
+        self.status.write(state, reason, step=step, checkpoint=complete[-1] if complete else None)
 
     def _release(self) -> None:
         for lock in self._locks:

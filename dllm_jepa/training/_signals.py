@@ -63,4 +63,5 @@ class StopSignals:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if self._ranks.is_rank_zero:  # not by print: the signal may have come in the middle of one
-            os.write(2, f"\n{signal.Signals(number).name}: finishing the step, then saving\n".encode())
+            again = "; once more ends it at once" if number == signal.SIGINT else ""
+            os.write(2, f"\n{signal.Signals(number).name}: finishing the step, then saving{again}\n".encode())

@@ -303,7 +303,7 @@ def test_the_model_card_says_what_it_is(exported: Path) -> None:
         (["{run}/nothing", "{tmp}/out"], "nothing does not exist"),
         (["{run}/metrics.jsonl", "{tmp}/out"], "is a file"),
         (["{run}/checkpoints/latest", "{tmp}"], "already exists; nothing is overwritten"),
-        (["{run}/checkpoints/latest", "{tmp}/out", "--like", "{tmp}/nowhere"], "nowhere, which is not here"),
+        (["{run}/checkpoints/latest", "{tmp}/out", "--like", "{tmp}/nowhere"], "nowhere is not a directory here"),
         (["{run}/checkpoints/latest", "{tmp}/out", "--like", "{assets}/dream_tiny"], "cannot be written like"),
     ],
 )

@@ -75,12 +75,18 @@ def test_any_rank_that_is_left_holds_the_lock(tmp_path: Path) -> None:
     RunLock(tmp_path).acquire()
 
 
+@pytest.mark.usefixtures("impatient")
 def test_ranks_of_one_run_hold_it_together(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
     lock.acquire()
-    other = OtherProcess(tmp_path, rank=1)
+    other = OtherProcess(tmp_path, rank=1)  # beside rank zero
+    with pytest.raises(LaunchError, match="rank 1 of another run still uses"):
+        RunLock(tmp_path).join(1)
     lock.release(is_used=True)
+    with pytest.raises(LaunchError, match="in use by another run"):
+        RunLock(tmp_path).acquire()
     other.kill()
+    RunLock(tmp_path).acquire()
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:

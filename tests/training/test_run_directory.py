@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dllm_jepa.errors import CheckpointError, ConfigError, LaunchError
-from dllm_jepa.training import RunDirectory, Stopped
+from dllm_jepa.errors import CheckpointError, ConfigError, LaunchError, LostRankError
+from dllm_jepa.training import Ranks, RunDirectory, Stopped
 from tests.training.small_checkpoints import ONE_PROCESS, flip_a_byte, save
 
 
@@ -93,6 +93,26 @@ def test_status_says_how_the_run_stands(tmp_path: Path) -> None:
     assert exit_info.value.code == 75
     state = status(tmp_path)
     assert (state["state"], state["reason"], state["step"]) == ("stopped", "SIGUSR1", 3)
+
+
+class FirstSurvivor(Ranks):
+    """Rank 1, when rank zero has ended."""
+
+    def lost(self, error: BaseException) -> tuple[LostRankError, bool] | None:
+        return LostRankError("rank 0 has ended"), True
+
+
+def test_a_survivor_records_the_loss_unless_the_lost_rank_has_said_why(tmp_path: Path) -> None:
+    survivor = RunDirectory(tmp_path, "never", ONE_PROCESS)
+    survivor.open("a: 1\n")
+    survivor._ranks = FirstSurvivor(1, 2, ONE_PROCESS.device)
+    with pytest.raises(LostRankError), survivor:
+        raise RuntimeError("connection closed by peer")
+    assert (status(tmp_path)["state"], status(tmp_path)["reason"]) == ("failed", "rank 0 has ended")
+    (tmp_path / "status.json").write_text('{"state": "failed", "reason": "disk full", "step": 0}')
+    with pytest.raises(LostRankError), survivor:
+        raise RuntimeError("connection closed by peer")
+    assert status(tmp_path)["reason"] == "disk full"
 
 
 def test_a_finished_run_is_known_by_its_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

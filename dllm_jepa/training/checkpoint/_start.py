@@ -73,17 +73,16 @@ def _opened(path: Path, ranks: Ranks) -> SavedCheckpoint:
 
 
 def _named(path: Path, directory: Path) -> SavedCheckpoint:
-    path = path.resolve()  # `latest` is a link
     inside = next((folder for folder in (path, path / "checkpoints") if list_checkpoints(folder)), None)
     if inside is not None:
         raise CheckpointError(
             f"{path} holds checkpoints but is none itself; give one of them, such as {list_checkpoints(inside)[-1]}"
         )
     checkpoint = SavedCheckpoint(path)
-    later = [saved.name for saved in list_checkpoints(directory) if step_of(saved) > step_of(path)]
+    later = [saved.name for saved in list_checkpoints(directory) if step_of(saved) > step_of(checkpoint.path)]
     if later:
         raise LaunchError(
-            f"output_dir holds training states after {path}: {', '.join(later)}; choose another output_dir, or move "
-            "them away"
+            f"output_dir holds training states after {checkpoint.path}: {', '.join(later)}; choose another output_dir, "
+            "or move them away"
         )
     return checkpoint

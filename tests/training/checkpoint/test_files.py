@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -139,17 +140,19 @@ class Harm:
         return os.mkdir, (str(self.flag),)
 
 
+def metadata_of(checkpoint: Path) -> Metadata:
+    return pickle.loads((checkpoint / ".metadata").read_bytes())
+
+
 def bytes_entry(checkpoint: Path, flag: Path) -> bytes:
     """Metadata that ask DCP to unpickle an object of a data file."""
-    with (checkpoint / ".metadata").open("rb") as file:
-        metadata = pickle.load(file)
+    metadata = metadata_of(checkpoint)
     metadata.state_dict_metadata["trained.model.weight"] = BytesStorageMetadata()
     return pickle.dumps(metadata)
 
 
 def path_outside(checkpoint: Path, flag: Path) -> bytes:
-    with (checkpoint / ".metadata").open("rb") as file:
-        metadata = pickle.load(file)
+    metadata = metadata_of(checkpoint)
     metadata.storage_data[MetadataIndex("target.weight", [0, 0])] = _StorageInfo("../elsewhere", 0, 9)
     return pickle.dumps(metadata)
 
@@ -185,8 +188,7 @@ def test_a_data_file_that_means_harm_runs_nothing(checkpoint: Path, tmp_path: Pa
     flag = tmp_path / "harm was done"
     harmful = io.BytesIO()
     torch.save(Harm(flag), harmful)
-    with (checkpoint / ".metadata").open("rb") as file:
-        metadata = pickle.load(file)
+    metadata = metadata_of(checkpoint)
     size = len(harmful.getvalue())
     metadata.storage_data = {name: _StorageInfo("__0_0.distcp", 0, size) for name in metadata.storage_data}
     forge(checkpoint, **{"__0_0.distcp": harmful.getvalue(), ".metadata": pickle.dumps(metadata)})
@@ -356,14 +358,21 @@ def test_a_failure_at_any_moment_of_a_save_is_said_and_leaves_the_old_ones(
 def test_the_reason_of_a_failure_and_the_last_good_one_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """torch, in whose archive writer the disk becomes full, speaks of a wrong position instead."""
     good = save(tmp_path, 4)
 
-    def full(*_: Any) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    class FullDisk(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dllm_jepa.training.checkpoint._manifest.memoryview", full, raising=False)
+    @contextmanager
+    def create_stream(*_: Any) -> Iterator[io.IOBase]:
+        yield FullDisk()
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", create_stream)
     with pytest.raises(CheckpointError) as error:
         save(tmp_path, 6)
     assert f"step_00000006 could not be written: [Errno {errno.ENOSPC}] No space left" in str(error.value)
+    assert "unexpected pos" not in str(error.value)
     assert f"the last complete one is {good}" in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", good.name]
