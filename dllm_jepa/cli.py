@@ -60,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("overrides", nargs="*", help="key=value to set, ~key to remove")
     validate.set_defaults(command=_validate)
 
+    memory = commands.add_parser("memory", help="compute the peak memory per GPU of a run, without a GPU")
+    memory.add_argument("words", nargs="*", metavar="config", help="name or path of a config, then overrides as above")
+    memory.add_argument("--config", help="the config, in place of the first word")
+    memory.add_argument("--gpus", type=int, default=1, help="GPUs of the run (default: 1)")
+    memory.set_defaults(command=_memory)
+
     checkpoints = commands.add_parser("checkpoints", help="list the training states of a run, and verify them")
     checkpoints.add_argument("directory", type=Path, help="output_dir of a run, or the folder of its checkpoints")
     checkpoints.set_defaults(command=_checkpoints)
@@ -135,6 +141,32 @@ def _validate(arguments: argparse.Namespace) -> None:
     for line in config.warnings(cfg):
         print(f"warning: {line}", file=sys.stderr)
     print(f"{arguments.name}: valid")
+
+
+def _memory(arguments: argparse.Namespace) -> None:
+    """Print what fills a GPU at the peak of a step; paths that only a run needs may be missing."""
+    from dllm_jepa.memory import step_memory  # seconds to import
+
+    words: list[str] = arguments.words
+    name = arguments.config or next((word for word in words if "=" not in word and not word.startswith("~")), None)
+    given = [] if name is None else ["--config", name]
+    cfg = config.load_config([*given, *(word for word in words if word != name)])
+    for key in ("output_dir", "checkpoint_dir"):
+        if OmegaConf.is_missing(cfg, key):
+            cfg[key] = "."
+    cfg = config.with_defaults(cfg)
+    if arguments.gpus < 1:
+        raise ConfigError(f"--gpus: {arguments.gpus} given, must be at least 1")
+    config.validate(cfg, launch=config.Launch(world_size=arguments.gpus, num_gpus=1))
+    gpus = "1 GPU" if arguments.gpus == 1 else f"each of {arguments.gpus} GPUs"
+    print(
+        f"{name} on {gpus}: {cfg.tokens_per_device:,} tokens per micro-batch, trained weights in {cfg.dtype}, "
+        f"computing in {cfg.compute_dtype}"
+    )
+    rows = step_memory(cfg, arguments.gpus).rows()
+    width = max(len(row) for row, _ in rows) + 2
+    for row, num_bytes in rows:
+        print(f"  {row:<{width}}{num_bytes / 2**30:8.2f} GiB")
 
 
 def _checkpoints(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ Shape legend: S sequences of a micro-batch, G of the global batch, n masked toke
 
 import math
 from collections import deque
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import asdict
 
 import torch
@@ -98,8 +98,13 @@ class DLLMJEPAFullRecipe:
             embed_dim=self.model.sizes.embed_dim,
             device=self.ranks.device,
         )
+        self.parts = {"target": self.target_encoder, "monitor": self.monitor, "anchor": self.anchor}
         self.optimizer = instantiate(cfg.optimizer, self.trained.parameters())
-        self.lr_scheduler = self.setup_lr_scheduler()
+        self.optimizer_in_bwd = training.OptimizerInBackward(self.optimizer) if cfg.optimizer_in_bwd else None
+        self.lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+        if cfg.lr_scheduler is not None:
+            num_training_steps = cfg.lr_scheduler.get("num_training_steps") or self.num_steps
+            self.lr_scheduler = instantiate(cfg.lr_scheduler, self.optimizer, num_training_steps=num_training_steps)
         self.setup_run(metric_logger, changes)
 
     def setup_batches(self) -> tuple[TrainingBatches, int, dict[str, str | int]]:
@@ -119,6 +124,7 @@ class DLLMJEPAFullRecipe:
             num_ranks=self.ranks.world_size,
             seed=cfg.seed,
             packed=cfg.packed,
+            accumulates=not cfg.optimizer_in_bwd,
         )
         batches = TrainingBatches(
             dataset,
@@ -148,13 +154,14 @@ class DLLMJEPAFullRecipe:
         init_rope(self.model)
 
     def setup_target_encoder(self) -> EMATargetEncoder:
-        """A copy of the online backbone, in fp32, sharded like it."""
+        """A copy of the online backbone, in its own type, sharded like it."""
         with torch.device("meta"):
             backbone = instantiate(self.cfg.model).backbone
         if self.cfg.compile:
             compile_model(backbone, verbose=False)
         training.shard(backbone, [*backbone.layers], self.ranks, self.compute_dtype)
-        training.materialize(backbone, None, dtype=torch.float32, device=self.ranks.device)
+        dtype = DTYPES[self.cfg.target_encoder.get("dtype", "fp32")]
+        training.materialize(backbone, None, dtype=dtype, device=self.ranks.device)
         init_rope(backbone)
         target_encoder: EMATargetEncoder = instantiate(self.cfg.target_encoder, backbone)
         target_encoder.copy_from(self.model.backbone)
@@ -170,13 +177,6 @@ class DLLMJEPAFullRecipe:
         training.materialize(predictor, initial.read, dtype=DTYPES[self.cfg.dtype], device=self.ranks.device)
         return predictor
 
-    def setup_lr_scheduler(self) -> torch.optim.lr_scheduler.LRScheduler | None:
-        """The schedule, over all planned steps unless the config says otherwise."""
-        if self.cfg.lr_scheduler is None:
-            return None
-        num_training_steps = self.cfg.lr_scheduler.get("num_training_steps") or self.num_steps
-        return instantiate(self.cfg.lr_scheduler, self.optimizer, num_training_steps=num_training_steps)
-
     def setup_metric_logger(self) -> training.MetricLogger | None:
         """The metric logger, on rank zero."""
         if not self.ranks.is_rank_zero or self.cfg.metric_logger is None:
@@ -189,12 +189,7 @@ class DLLMJEPAFullRecipe:
     def setup_run(self, metric_logger: training.MetricLogger | None, changes: list[str]) -> None:
         """Go on from a training state, if there is one, and take the output directory into use."""
         cfg = self.cfg
-        self.state = training.TrainingState(
-            self.trained,
-            self.optimizer,
-            self.lr_scheduler,
-            parts={"target": self.target_encoder, "monitor": self.monitor, "anchor": self.anchor},
-        )
+        self.state = training.TrainingState(self.trained, self.optimizer, self.lr_scheduler, parts=self.parts)
         if self.run.resume_from is not None:
             self.state.load(self.run.resume_from, self.ranks, override=cfg.resume_override)
 
@@ -222,6 +217,7 @@ class DLLMJEPAFullRecipe:
         """The loop."""
         cfg = self.cfg
         for step in self.log.steps():
+            self.ranks.seed(cfg.seed, step)  # for dropout and stochastic rounding; views have seeds of their own
             # 1. Views: two maskings of the same sequences, for every micro-batch of this step
             micro_batches = [batch.to(self.ranks.device) for batch in self.batches.step(step)]
             counts = self.global_counts(micro_batches)
@@ -232,7 +228,7 @@ class DLLMJEPAFullRecipe:
             sums, pooled_rows = StepSums(self.ranks.device), []
             for index, batch in enumerate(micro_batches):
                 # 3. The one forward that carries gradient
-                with self.autocast():
+                with self.ranks.autocast(self.compute_dtype):
                     hidden, logits = self.model(
                         batch.context,
                         attention_mask=batch.attention_mask,
@@ -248,7 +244,7 @@ class DLLMJEPAFullRecipe:
                     pooled = pool(hidden, batch.context_ids, batch.num_sequences, layer_norm=cfg.pooled_layer_norm)
                     pooled_rows.append(pooled.detach())
                 if targets is not None:
-                    with self.autocast():
+                    with self.ranks.autocast(self.compute_dtype):
                         pred = self.trained["predictor"](pooled.to(hidden.dtype))
                     alignment_loss = jepa_loss(targets[index], pred, counts)
                     loss = diffusion_loss + cfg.jepa_weight * alignment_loss
@@ -274,11 +270,6 @@ class DLLMJEPAFullRecipe:
                 raise training.Stopped(stopped_by)
         self.checkpoints.finish()
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """bf16 matrix products in one process; sharded weights are already gathered in the compute type."""
-        wanted = self.compute_dtype == torch.bfloat16 and self.ranks.mesh is None
-        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=wanted)
-
     def global_counts(self, micro_batches: list[MicroBatch]) -> GlobalCounts:
         """Count over all ranks and micro-batches: one all-reduce, before any forward."""
         own = torch.tensor([batch.counts() for batch in micro_batches], device=self.ranks.device)
@@ -294,7 +285,7 @@ class DLLMJEPAFullRecipe:
         cfg = self.cfg
         if self.target_encoder is None or not self.aligns(step):
             return None
-        with self.autocast():
+        with self.ranks.autocast(self.compute_dtype):
             targets = [
                 self.target_encoder.embed(
                     batch.target,
@@ -321,11 +312,16 @@ class DLLMJEPAFullRecipe:
         """Anchor and clip; returns the global losses and the gradient norm before clipping.
 
         Raises:
-            TrainingError: if one of them is not finite; the weights are still those of the last step.
+            TrainingError: if one of them is not finite; but for `optimizer_in_bwd` the weights are still those of the
+                last step.
         """
         penalty = 0.0 if self.anchor is None else float(training.full_tensor(self.anchor.add_gradient()))
-        limit = math.inf if self.cfg.clip_grad_norm is None else self.cfg.clip_grad_norm
-        grad_norm = float(training.full_tensor(nn.utils.clip_grad_norm_(self.trained.parameters(), limit)))
+        if self.optimizer_in_bwd is not None:
+            norm = self.optimizer_in_bwd.pop_grad_norm()
+        else:
+            limit = math.inf if self.cfg.clip_grad_norm is None else self.cfg.clip_grad_norm
+            norm = nn.utils.clip_grad_norm_(self.trained.parameters(), limit)
+        grad_norm = float(training.full_tensor(norm))
         losses = sums.read(self.ranks.sum(sums.values), jepa_weight=self.cfg.jepa_weight, penalty=penalty)
         values = {"loss": losses["loss"], "gradient norm": grad_norm}
         training.check_finite(step, values, samples=self.batches.samples(step), checkpoints=self.run.checkpoints)
@@ -334,8 +330,9 @@ class DLLMJEPAFullRecipe:
     def update_weights(self) -> float:
         """Step optimizer and schedule; returns the learning rate that was used."""
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.optimizer_in_bwd is None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         return learning_rate

@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": set(),
     "evals": {"data", "generation", "models"},
     "export": {"models", "training"},
-    "cli": {"analysis", "config", "data", "evals", "export", "generation", "models", "training"},
+    "memory": {"jepa", "models"},
+    "cli": {"analysis", "config", "data", "evals", "export", "generation", "memory", "models", "training"},
 }
 
 # The one module that may name what torchtune does not promise to keep.

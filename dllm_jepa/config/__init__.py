@@ -15,11 +15,13 @@ from dllm_jepa.config._parse import load_config, parse, read_config
 from dllm_jepa.config._resolve import find_configs, find_recipes, resolve_config
 from dllm_jepa.config._resume import check_resume
 from dllm_jepa.config._rules import Launch
-from dllm_jepa.config._schema import TRAINING, Schema
+from dllm_jepa.config._schema import LORA, SCHEMAS, TRAINING, Schema, schema_of
 from dllm_jepa.config._validate import problems, validate, warnings, with_defaults
 
 __all__ = [
+    "LORA",
     "REQUIRED",
+    "SCHEMAS",
     "TRAINING",
     "ArgumentRange",
     "Choice",
@@ -39,6 +41,7 @@ __all__ = [
     "problems",
     "read_config",
     "resolve_config",
+    "schema_of",
     "validate",
     "warnings",
     "with_defaults",

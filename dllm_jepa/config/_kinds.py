@@ -1,9 +1,9 @@
 """The kinds of values that a config key can hold, as data: what is allowed, and how to say so in one phrase."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 class _Required:
@@ -132,6 +132,7 @@ class Component:
         trial: How to build it during validation so that its own complaints (ValueError) are listed; None = not at all.
             `alone`: from its arguments; `meta`: the same, with parameters on the meta device; `optimizer`: over a
             stand-in parameter; `lr_scheduler`: over the config's own optimizer with a stand-in parameter.
+        check: What is wrong with the thing that the trial built, or None.
         paths: Arguments that only say where something is. A resumed run may have others; what it finds there is
             compared by its contents.
     """
@@ -141,6 +142,7 @@ class Component:
     optional: tuple[str, ...] = ()
     ranges: tuple[ArgumentRange, ...] = ()
     trial: Literal["alone", "meta", "optimizer", "lr_scheduler"] | None = None
+    check: Callable[[Any], str | None] | None = None
     paths: tuple[str, ...] = ()
 
     def describe(self) -> str:

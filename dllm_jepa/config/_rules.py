@@ -171,6 +171,16 @@ def replicas_divide_ranks(data_parallel_replicate_dim: int, launch: Launch) -> l
     ]
 
 
+def bf16_average_in_one_process(target_encoder: Mapping[str, Any] | None, launch: Launch) -> list[str]:
+    """Rounding is random, and differs between ranks; a sharded average in fp32 is small."""
+    if launch.world_size == 1 or target_encoder is None or target_encoder.get("dtype", "fp32") == "fp32":
+        return []
+    return [
+        f"target_encoder.dtype: {target_encoder['dtype']} on {launch.world_size} processes, where the average is "
+        "sharded and kept in fp32; set target_encoder.dtype: fp32, or start one process"
+    ]
+
+
 def small_rate_on_bf16_weights(dtype: str, optimizer: Mapping[str, Any]) -> list[str]:
     """Warn when rounding will swallow most updates."""
     rate = optimizer.get("lr")

@@ -32,9 +32,13 @@ def trial_problems(values: Mapping[str, Any], keys: tuple[Key, ...], bad: set[st
         if key.kind.trial == "lr_scheduler" and ("optimizer" in bad or _has_unset(values["optimizer"])):
             continue
         try:
-            _build(key.kind.trial, node, values)
+            built = _build(key.kind.trial, node, values)
         except (ValueError, ArithmeticError, RuntimeError) as error:  # the last two: torch, for impossible sizes
             problems.append(f"{key.name}: {error}")
+            bad.add(key.name)
+            continue
+        if key.kind.check is not None and (problem := key.kind.check(built)) is not None:
+            problems.append(f"{key.name}: {node['_component_']} {problem}")
             bad.add(key.name)
     return problems
 

@@ -47,10 +47,11 @@ class BatchPlan:
         num_ranks: R.
         seed: seed of the run.
         packed: sequences lie end to end; otherwise every row is padded to the longest of its micro-batch.
+        accumulates: a step may take more than one micro-batch a rank.
 
     Raises:
-        ConfigError: if the dataset is smaller than a step, a step than the number of ranks, or a micro-batch than the
-            longest sequence.
+        ConfigError: if the dataset is smaller than a step, a step than the number of ranks, a micro-batch than the
+            longest sequence, or, where gradients cannot accumulate, than a step.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class BatchPlan:
         num_ranks: int,
         seed: int,
         packed: bool = True,
+        accumulates: bool = True,
     ) -> None:
         if global_batch_size < num_ranks:
             raise ConfigError(
@@ -76,6 +78,13 @@ class BatchPlan:
             raise ConfigError(
                 f"tokens_per_device={tokens_per_device} is below the longest sequence ({longest} tokens, sequence "
                 f"{int(lengths.argmax())}): raise it to at least {longest} or lower max_seq_len"
+            )
+        most = np.sort(lengths)[-global_batch_size:]
+        if not accumulates and (step := int(most.sum() if packed else most.max() * len(most))) > tokens_per_device:
+            raise ConfigError(
+                f"tokens_per_device={tokens_per_device} may take several micro-batches for a step, whose longest "
+                f"sequences have {step} tokens together, and optimizer_in_bwd allows one: raise it to {step}, lower "
+                "global_batch_size, or set optimizer_in_bwd: false"
             )
         self._lengths = lengths
         self._global_batch_size = global_batch_size

@@ -1,5 +1,6 @@
 """The method: views, pooling, predictor, target encoder, losses and guards. Tensors in, tensors out."""
 
+from dllm_jepa.jepa._adapter_target_encoder import EMAAdapterTargetEncoder, ema_adapter_target_encoder
 from dllm_jepa.jepa._anchor import L2Anchor
 from dllm_jepa.jepa._losses import (
     GlobalCounts,
@@ -19,6 +20,7 @@ from dllm_jepa.jepa._views import View, Views, ViewSampler, fixed_ratio_views, u
 __all__ = [
     "MONITOR_ROWS",
     "CollapseMonitor",
+    "EMAAdapterTargetEncoder",
     "EMATargetEncoder",
     "GlobalCounts",
     "L2Anchor",
@@ -30,6 +32,7 @@ __all__ = [
     "Views",
     "cosine_diversity",
     "effective_rank",
+    "ema_adapter_target_encoder",
     "ema_target_encoder",
     "fixed_ratio_views",
     "identity_predictor",

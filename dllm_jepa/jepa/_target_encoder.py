@@ -3,35 +3,41 @@
 Shape legend: B rows, T tokens of a row, D hidden, S sequences.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dllm_jepa.jepa._pooling import pool
+from dllm_jepa.jepa._stochastic_rounding import stochastic_lerp_
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class EMATargetEncoder:
-    """Exponential moving average of the online backbone, in fp32.
+    """Exponential moving average of the online backbone, in fp32 or in bf16.
 
     In bf16 with round-to-nearest, updates of 0.4 % of the distance are lost, and the target would stay the base model.
+    A bf16 average is therefore rounded stochastically: it takes half the memory, and its expectation is the fp32
+    average.
 
     Args:
-        backbone: a module with the online backbone's parameters and sharding, in fp32. It is owned by the encoder,
-            frozen and put into evaluation mode.
+        backbone: a module with the online backbone's parameters and sharding, all in fp32 or all in bf16. It is owned
+            by the encoder, frozen and put into evaluation mode.
         ema_decay: tau in [0, 1): the share of the old average that an update keeps.
 
     Raises:
-        ValueError: if `ema_decay` is out of range or a parameter is not fp32.
+        ValueError: if `ema_decay` is out of range, or the parameters are neither all fp32 nor all bf16.
     """
 
     def __init__(self, backbone: nn.Module, *, ema_decay: float) -> None:
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
-        if wrong := {str(param.dtype) for param in backbone.parameters() if param.dtype != torch.float32}:
+        dtypes = {param.dtype for param in backbone.parameters()}
+        if dtypes not in ({torch.float32}, {torch.bfloat16}):
             raise ValueError(
-                f"the target encoder is kept in fp32, got parameters of {', '.join(sorted(wrong))}: in bf16 its "
-                "updates are rounded away"
+                "the target encoder's parameters must be all fp32 or all bf16, got "
+                f"{', '.join(sorted(str(dtype) for dtype in dtypes))}"
             )
         self.backbone = backbone.requires_grad_(False).eval()
         self.ema_decay = ema_decay
@@ -65,6 +71,9 @@ class EMATargetEncoder:
         """Move towards the online weights: average <- tau * average + (1 - tau) * online. Call after the optimizer."""
         averages: list[Tensor] = list(self.backbone.parameters())
         online: list[Tensor] = list(online_backbone.parameters())
+        if averages[0].dtype == torch.bfloat16:
+            stochastic_lerp_(averages, online, 1 - self.ema_decay)
+            return
         if all(param.dtype == torch.float32 for param in online):
             torch._foreach_lerp_(averages, online, 1 - self.ema_decay)
             return
@@ -76,16 +85,21 @@ class EMATargetEncoder:
         return self.backbone.state_dict()
 
 
-def ema_target_encoder(backbone: nn.Module, *, ema_decay: float = 0.996) -> EMATargetEncoder:
+def ema_target_encoder(
+    backbone: nn.Module, *, ema_decay: float = 0.996, dtype: Literal["fp32", "bf16"] = "fp32"
+) -> EMATargetEncoder:
     """The paper's target encoder.
 
     Args:
-        backbone: see `EMATargetEncoder`.
+        backbone: see `EMATargetEncoder`; its parameters are of `dtype`.
         ema_decay: tau in [0, 1).
+        dtype: type of the average. bf16 takes half the memory and is rounded stochastically.
 
     Raises:
-        ValueError: see `EMATargetEncoder`.
+        ValueError: if a parameter is not of `dtype`, and see `EMATargetEncoder`.
 
     Source: DLLM-JEPA, arXiv 2606.00091.
     """
+    if wrong := {str(param.dtype) for param in backbone.parameters() if param.dtype != _DTYPES[dtype]}:
+        raise ValueError(f"a target encoder with dtype {dtype} got parameters of {', '.join(sorted(wrong))}")
     return EMATargetEncoder(backbone, ema_decay=ema_decay)

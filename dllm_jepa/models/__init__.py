@@ -4,8 +4,12 @@ from dllm_jepa.models._families import FAMILIES, Family
 from dllm_jepa.models._hf_reader import HFCheckpoint, load_hf
 from dllm_jepa.models._hf_writer import SHARD_BYTES, save_hf
 from dllm_jepa.models._init import InitialWeights
+from dllm_jepa.models._lora import LoRAWeights, adapted_modules, add_lora, is_adapter
+from dllm_jepa.models._lora_settings import LoRASettings
 from dllm_jepa.models._masked_diffusion_lm import Backbone, MaskedDiffusionLM, TransformerSizes, init_rope
+from dllm_jepa.models._merge import merged_weights, save_merged
 from dllm_jepa.models._model_card import model_card
+from dllm_jepa.models._peft import load_adapter, save_adapter
 from dllm_jepa.models._tokenizer import Tokenizer
 
 __all__ = [
@@ -15,11 +19,20 @@ __all__ = [
     "Family",
     "HFCheckpoint",
     "InitialWeights",
+    "LoRASettings",
+    "LoRAWeights",
     "MaskedDiffusionLM",
     "Tokenizer",
     "TransformerSizes",
+    "adapted_modules",
+    "add_lora",
     "init_rope",
+    "is_adapter",
+    "load_adapter",
     "load_hf",
+    "merged_weights",
     "model_card",
+    "save_adapter",
     "save_hf",
+    "save_merged",
 ]

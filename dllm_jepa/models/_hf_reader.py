@@ -1,5 +1,6 @@
 """Reading a published checkpoint: config.json and safetensors, never code and never pickles."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.models._families import FAMILIES
 from dllm_jepa.models._json import read_json_object
+from dllm_jepa.models._lora import is_adapter
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM, TransformerSizes, init_rope
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -77,7 +79,8 @@ class HFCheckpoint:
                 f"{mask_id}: use the tokenizer of this checkpoint"
             )
         if not problems:
-            shapes = {self._names[name]: tuple(param.shape) for name, param in model.named_parameters()}
+            base = {name: param for name, param in model.named_parameters() if not is_adapter(name)}
+            shapes = {self._names[name]: tuple(param.shape) for name, param in base.items()}
             problems += [
                 f"missing tensor {name} {list(shapes[name])}" for name in sorted(shapes.keys() - self._file_of)
             ]
@@ -103,6 +106,20 @@ class HFCheckpoint:
         weights = self._files[self._file_of[hf_name]].get_slice(hf_name)
         tensor: Tensor = weights[:] if rows is None else weights[rows]
         return tensor
+
+    def fingerprint(self) -> str:
+        """What tells these weights from others of the same shapes: sha256 of every tensor's first and last row.
+
+        Enough to notice another checkpoint, in which practically every weight differs, without reading all of it.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self._names.values()):
+            weights = self._files[self._file_of[name]].get_slice(name)
+            num_rows = weights.get_shape()[0]
+            digest.update(f"{name} {weights.get_dtype()} {weights.get_shape()}".encode())
+            for rows in (weights[:1], weights[num_rows - 1 :]):
+                digest.update(rows.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def _weight_files(self) -> list[str]:
         index = self.path / INDEX_NAME

@@ -13,7 +13,8 @@ class InitialWeights:
     Every tensor depends on (seed, name, shape) alone, so any number of ranks, each reading its own rows, starts from
     the same model. Matrices are normal with standard deviation `std`; those that write into the residual stream are
     divided by sqrt(2 * num_layers), so that its variance does not grow with depth (GPT-2). Scales of norms are 1 (so is
-    any other vector called weight), biases 0.
+    any other vector called weight), biases 0. Of the two matrices of a LoRA adapter the first is uniform in
+    +-1/sqrt(inputs), the second 0.
 
     Args:
         module: module (the meta device will do) whose parameters are asked for.
@@ -41,11 +42,17 @@ class InitialWeights:
         shape = self._shapes[name]
         if name.endswith("scale") or (name.endswith("weight") and len(shape) == 1):
             weights = torch.ones(shape)
-        elif name.endswith("bias"):
+        elif name.endswith(("bias", "lora_b.weight")):
             weights = torch.zeros(shape)
+        elif name.endswith("lora_a.weight"):
+            bound = 1 / math.sqrt(shape[1])
+            weights = torch.empty(shape).uniform_(-bound, bound, generator=self._generator(name))
         else:
-            digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            generator = self._generator(name)
             std = self._residual_std if name.endswith(("output_proj.weight", "w2.weight")) else self._std
             weights = torch.empty(shape).normal_(0.0, std, generator=generator)
         return weights if rows is None else weights[rows]
+
+    def _generator(self, name: str) -> torch.Generator:
+        digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

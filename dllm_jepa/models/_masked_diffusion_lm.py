@@ -12,6 +12,7 @@ from torchtune.modules import FeedForward, TransformerSelfAttentionLayer
 
 from dllm_jepa.errors import ConfigError
 from dllm_jepa.models._attention import AttentionMask, BidirectionalAttention, CastRMSNorm, RotaryEmbedding
+from dllm_jepa.models._lora_settings import LoRASettings
 from dllm_jepa.packing import PackedSequences
 
 
@@ -111,6 +112,7 @@ class MaskedDiffusionLM(nn.Module):
         self.sizes = sizes
         self.family = family
         self.shift_logits = shift_logits
+        self.lora: LoRASettings | None = None  # set by `add_lora`
         self.backbone = Backbone(sizes, attn_bias=attn_bias)
         self.head = None if sizes.tie_embeddings else nn.Linear(sizes.embed_dim, sizes.vocab_size, bias=False)
 

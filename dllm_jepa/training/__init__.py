@@ -2,6 +2,7 @@
 
 from dllm_jepa.training._facts import compare_facts, run_facts
 from dllm_jepa.training._guards import check_finite
+from dllm_jepa.training._optimizer_in_bwd import OptimizerInBackward
 from dllm_jepa.training._progress import MetricLogger, RunLog
 from dllm_jepa.training._ranks import Ranks
 from dllm_jepa.training._run_directory import RunDirectory
@@ -20,6 +21,7 @@ __all__ = [
     "STOPPED_EXIT_CODE",
     "CheckpointWriter",
     "MetricLogger",
+    "OptimizerInBackward",
     "Ranks",
     "RunDirectory",
     "RunLog",

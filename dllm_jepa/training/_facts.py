@@ -16,7 +16,8 @@ def run_facts(ranks: Ranks, **facts: Any) -> dict[str, Any]:
 
     Args:
         ranks: the ranks.
-        **facts: what the recipe knows: `seed`, `base`, `model` and `data`.
+        **facts: what the recipe knows: `seed`, `base`, `model` and `data`; `base_weights`, the fingerprint of a base
+            that is not part of the training state.
 
     Returns:
         The facts, with the versions of Python and of the packages that decide what is computed.
@@ -29,7 +30,7 @@ def compare_facts(saved: Mapping[str, Any], present: Mapping[str, Any], *, overr
     """Compare what a checkpoint was made with and what goes on from it.
 
     Args:
-        saved: facts of the checkpoint: `versions`, `world_size` and `data`.
+        saved: facts of the checkpoint: `versions`, `world_size`, `data` and, if there are, `base_weights`.
         present: the same of this run.
         override: say that the data differ instead of refusing it.
 
@@ -37,8 +38,13 @@ def compare_facts(saved: Mapping[str, Any], present: Mapping[str, Any], *, overr
         A line for every difference that changes no more than rounding.
 
     Raises:
-        CheckpointError: if the data are others.
+        CheckpointError: if the data are others, or the weights that adapters stand on.
     """
+    if saved.get("base_weights") != present.get("base_weights"):
+        raise CheckpointError(
+            f"the adapters of the checkpoint were trained on other weights than those of {present['base']}: give the "
+            f"checkpoint_dir of its base, which was {saved['base']}"
+        )
     lines = [
         f"{name}: {saved['versions'].get(name)} -> {version}"
         for name, version in present["versions"].items()

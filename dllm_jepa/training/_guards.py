@@ -28,6 +28,7 @@ def check_finite(step: int, values: Mapping[str, float], *, samples: Sequence[in
     named = ", ".join(map(str, samples[:_MAX_NAMED])) + (", ..." if len(samples) > _MAX_NAMED else "")
     numbers = ", ".join(f"{name} {value}" for name, value in values.items())
     raise TrainingError(
-        f"step {step + 1}: {numbers}; stopped before the update. Dataset indices of its batch: [{named}]. Last good "
-        f"checkpoint: {saved[-1] if saved else 'none'}. Look at these sequences, or try a lower rate"
+        f"step {step + 1}: {numbers}; stopped, and nothing of this step is saved. Dataset indices of its batch: "
+        f"[{named}]. Last good checkpoint: {saved[-1] if saved else 'none'}. Look at these sequences, or try a "
+        "lower rate"
     )

@@ -1,12 +1,14 @@
 """The processes of a run, and the few sums and gathers that it needs."""
 
 import ctypes
+import hashlib
 import os
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import TracebackType
@@ -77,6 +79,19 @@ class Ranks:
     def with_own_group(self) -> "Ranks":
         """The same ranks with another gloo group, for a second thread; on all ranks at once."""
         return self if self.group is None else replace(self, group=dist.new_group(backend="gloo"))
+
+    def autocast(self, compute_dtype: torch.dtype) -> AbstractContextManager[None]:
+        """bf16 matrix products in one process; sharded weights are already gathered in the compute type."""
+        wanted = compute_dtype == torch.bfloat16 and self.mesh is None
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
+
+    def seed(self, seed: int, step: int) -> None:
+        """Seed torch for a step, so that a resumed run goes on with the same dropout and stochastic rounding.
+
+        They are the only random calls of a step, and differ between ranks.
+        """
+        digest = hashlib.sha256(f"{seed}/{step}/{self.rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
     @property
     def is_rank_zero(self) -> bool:

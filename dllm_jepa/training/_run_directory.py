@@ -6,6 +6,7 @@ output_dir/
     status.json      running, stopped, failed or finished; at which step and why
     checkpoints/     training states
     hf/, hf_target/  the exported model, and the one with the target encoder's weights
+    adapter/, adapter_target/  of LoRA
     .lock            held while a run uses the directory
 """
 
@@ -54,7 +55,8 @@ class RunDirectory:
         self.status = StatusFile(self.path / "status.json")
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
         self.checkpoints = self.path / "checkpoints" if checkpoints is None else Path(checkpoints)
-        self.exports = {"online": self.path / "hf", "target": self.path / "hf_target"}
+        names = {"online": "hf", "target": "hf_target", "adapter": "adapter", "adapter_target": "adapter_target"}
+        self.exports = {part: self.path / name for part, name in names.items()}
         self._ranks = ranks
         self._resume = resume
         self._is_open = False

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 
+from dllm_jepa.errors import LaunchError
 from dllm_jepa.training._ranks import Ranks
+
+_NF4_BLOCK = 64 * 256  # torchao quantizes blocks of 64 weights, and then the scales of 256 blocks
 
 ReadWeight = Callable[[str, slice | None], Tensor]
 """Reads a weight by parameter name, whole or only some of its rows, to CPU."""
@@ -26,9 +30,13 @@ def shard(module: nn.Module, units: Iterable[nn.Module], ranks: Ranks, compute_d
         units: submodules that are gathered on their own, in the order of use.
         ranks: the ranks.
         compute_dtype: type in which weights are gathered and used. Gradients are reduced in fp32.
+
+    Raises:
+        LaunchError: if a quantized weight cannot be divided by the number of ranks.
     """
     if ranks.mesh is None:
         return module
+    _check_quantized(module, ranks.mesh.size(-1))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for unit in (*units, module):
         # Said explicitly because FSDP keeps a root gathered after its forward, and no backward frees the target's.
@@ -41,26 +49,35 @@ def shard(module: nn.Module, units: Iterable[nn.Module], ranks: Ranks, compute_d
 
 
 @torch.no_grad()
-def materialize(module: nn.Module, read: ReadWeight | None, *, dtype: torch.dtype, device: torch.device) -> None:
+def materialize(
+    module: nn.Module,
+    read: ReadWeight | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    frozen_dtype: torch.dtype | None = None,
+) -> None:
     """Give a module on the meta device memory and weights; a rank reads only its own rows.
 
-    Buffers are left uninitialized: they are the caller's.
+    A weight that is to be quantized is read whole, quantized and then divided, so that its values do not depend on the
+    number of ranks. Buffers are left uninitialized: they are the caller's.
 
     Args:
         module: module on the meta device, sharded or not.
         read: gives the weights; None leaves them uninitialized, to be filled by the caller.
-        dtype: type of the stored weights.
+        dtype: type of the stored weights that are trained.
         device: where they go.
+        frozen_dtype: type of the others, and of what quantized ones are made from; None means `dtype`.
     """
-    module.to(dtype).to_empty(device=device)
-    if read is None:
-        return
-    for name, weight in module.state_dict().items():
-        if isinstance(weight, DTensor):
-            local = weight.to_local()
-            local.copy_(read(name, _own_rows(weight, local.size(0))))
-        else:
-            weight.copy_(read(name, None))
+    # state_dict knows the names without the wrappers of activation checkpointing.
+    names = {id(param): name for name, param in module.state_dict(keep_vars=True).items()}
+    for submodule in module.modules():
+        for key, param in [*submodule.named_parameters(recurse=False)]:
+            stored = dtype if param.requires_grad or frozen_dtype is None else frozen_dtype
+            filled = _filled(param, names[id(param)], read, stored, device)
+            submodule.register_parameter(key, nn.Parameter(filled, requires_grad=param.requires_grad))
+        for key, buffer in [*submodule.named_buffers(recurse=False)]:
+            setattr(submodule, key, torch.empty_like(buffer, device=device))
 
 
 def full_tensors(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -72,6 +89,47 @@ def full_tensors(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 def full_tensor(value: Tensor) -> Tensor:
     """A sharded or partial tensor as a plain one; on all ranks at once."""
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _check_quantized(module: nn.Module, num_ranks: int) -> None:
+    for name, param in module.named_parameters():
+        if isinstance(param.data, NF4Tensor) and (
+            param.size(0) % num_ranks or param.numel() % (_NF4_BLOCK * num_ranks)
+        ):
+            raise LaunchError(
+                f"{name} has {param.size(0)} rows and {param.numel()} weights, and {num_ranks} ranks can share a "
+                f"quantized weight only in equal parts of whole blocks of {_NF4_BLOCK}: start fewer ranks, or set "
+                "quantize_base: false"
+            )
+
+
+def _filled(param: Tensor, name: str, read: ReadWeight | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a parameter on the meta device, filled; sharded as it is."""
+    own = param.to_local() if isinstance(param, DTensor) else param.detach()
+    if isinstance(own, NF4Tensor):
+        if read is None:
+            raise ValueError(f"{name} is quantized: it cannot be filled later")
+        own = _quantized_rows(param, read(name, None).to(device, dtype))
+    else:
+        own = torch.empty_like(own, dtype=dtype, device=device)
+        if read is not None:
+            own.copy_(read(name, _own_rows(param, own.size(0)) if isinstance(param, DTensor) else None))
+    if not isinstance(param, DTensor):
+        return own
+    return DTensor.from_local(
+        own, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
+
+
+def _quantized_rows(param: Tensor, weight: Tensor) -> Tensor:
+    quantized: Tensor = to_nf4(weight)
+    if not isinstance(param, DTensor):
+        return quantized
+    rows = _own_rows(param, param.to_local().size(0))
+    num_own = rows.stop - rows.start
+    own = torch.chunk(quantized, param.size(0) // num_own)[rows.start // num_own]
+    copy: Tensor = own.new_zeros(own.size()).copy_(own)  # the chunk itself would hold on to the whole weight
+    return copy
 
 
 def _own_rows(weight: DTensor, num_own: int) -> slice:

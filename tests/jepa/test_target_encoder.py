@@ -2,12 +2,15 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dllm_jepa.jepa import EMATargetEncoder, ema_target_encoder, pool
+from dllm_jepa.jepa import EMATargetEncoder, _stochastic_rounding, ema_target_encoder, pool
 
 
 class TinyBackbone(nn.Module):
@@ -75,7 +78,7 @@ def test_an_update_leaves_the_online_weights_alone() -> None:
 
 @pytest.mark.parametrize("online_dtype", [torch.float32, torch.bfloat16])
 def test_small_updates_are_not_lost(online_dtype: torch.dtype) -> None:
-    """Weights near 0.02, the online ones 1 % away: 0.4 % of that moves all averages; in bf16 it would none."""
+    """Weights near 0.02, the online ones 1 % away: 0.4 % of that moves all averages."""
     encoder = EMATargetEncoder(TinyBackbone(), ema_decay=0.996)
     online = TinyBackbone().to(online_dtype)
     with torch.no_grad():
@@ -92,17 +95,98 @@ def test_small_updates_are_not_lost(online_dtype: torch.dtype) -> None:
         assert torch.equal(average.bfloat16(), start.bfloat16().expand_as(average))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_refused(dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match=f"kept in fp32, got parameters of {dtype}: .* rounded away"):
-        EMATargetEncoder(TinyBackbone().to(dtype), ema_decay=0.996)
+class OneWeight(nn.Module):
+    """A parameter of many equal elements, so that their mean has a small statistical error."""
+
+    def __init__(self, value: float, dtype: torch.dtype, count: int = 2**16) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((count // 16, 16), value, dtype=dtype))
 
 
-def test_one_half_precision_parameter_is_refused() -> None:
+@pytest.mark.parametrize("online_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("ema_decay", [0.996, 0.9])
+def test_the_mean_of_a_bf16_average_is_the_closed_form(ema_decay: float, sign: int, online_dtype: torch.dtype) -> None:
+    """Unbiased in every step, whatever was rounded before: the closed form holds for the mean of 2**16 elements."""
+    torch.manual_seed(0)
+    steps, bf16_step = 200, 2**-7  # of the numbers in [1, 2), where all weights stay
+    encoder = EMATargetEncoder(OneWeight(sign * 1.25, torch.bfloat16), ema_decay=ema_decay)
+    expected = sign * 1.25
+    for step in range(steps):
+        online = OneWeight(sign * (1.3 + 0.1 * math.sin(step / 40)), online_dtype)
+        encoder.update(online)
+        expected = ema_decay * expected + (1 - ema_decay) * online.weight[0, 0].item()
+    (average,) = encoder.backbone.parameters()
+    assert average.dtype == torch.bfloat16
+    # A rounding has a variance of at most bf16_step**2 / 4, and tau**2 of it is left after the next update.
+    deviation = bf16_step / 2 / math.sqrt((1 - ema_decay**2) * average.numel())
+    assert abs(average.double().mean().item() - expected) < 5 * deviation
+    assert 5 * deviation < 0.12 * bf16_step, "round-to-nearest could pass"
+
+
+def test_a_bf16_average_is_not_moved_by_the_same_weights() -> None:
+    online = TinyBackbone().to(torch.bfloat16)
+    encoder = ema_target_encoder(TinyBackbone().to(torch.bfloat16), dtype="bf16")
+    encoder.copy_from(online)
+    encoder.update(online)
+    for average, param in zip(encoder.backbone.parameters(), online.parameters(), strict=True):
+        assert torch.equal(average, param)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 66, 1000])
+def test_the_size_of_a_chunk_does_not_matter(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TinyBackbone has tensors of 66, 36 and 6 elements."""
+
+    def updated() -> list[Tensor]:
+        torch.manual_seed(0)
+        encoder = ema_target_encoder(TinyBackbone().to(torch.bfloat16), dtype="bf16")
+        encoder.update(TinyBackbone())
+        return weights(encoder.backbone)
+
+    whole = updated()
+    monkeypatch.setattr(_stochastic_rounding, "_CHUNK", chunk)
+    for average, expected in zip(updated(), whole, strict=True):
+        assert torch.equal(average, expected)
+
+
+def test_no_temporary_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_stochastic_rounding, "_CHUNK", 1000)
+    encoder = EMATargetEncoder(OneWeight(1.0, torch.bfloat16), ema_decay=0.9)
+    online, largest = OneWeight(1.5, torch.bfloat16), 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            known = {param.untyped_storage().data_ptr() for param in (encoder.backbone.weight, online.weight)}
+            new = [part for part in tree_leaves(out) if isinstance(part, Tensor)]
+            sizes = [part.numel() for part in new if part.untyped_storage().data_ptr() not in known]
+            largest = max([largest, *sizes])
+            return out
+
+    with Sizes():
+        encoder.update(online)
+    assert largest == 1000
+
+
+@pytest.mark.parametrize("dtypes", [{torch.float16}, {torch.float32, torch.bfloat16}, {torch.bfloat16, torch.float64}])
+def test_other_types_and_mixtures_are_refused(dtypes: set[torch.dtype]) -> None:
     backbone = TinyBackbone()
-    backbone.out.to(torch.bfloat16)
-    with pytest.raises(ValueError, match="torch.bfloat16"):
+    for module, dtype in zip((backbone.embedding, backbone.out), itertools.cycle(dtypes), strict=False):
+        module.to(dtype)
+    listed = ", ".join(sorted(map(str, dtypes)))
+    with pytest.raises(ValueError, match=f"must be all fp32 or all bf16, got {listed}$"):
         EMATargetEncoder(backbone, ema_decay=0.996)
+
+
+def test_the_builder_s_type_is_that_of_the_parameters() -> None:
+    for dtype, parameters in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        encoder = ema_target_encoder(TinyBackbone().to(parameters), dtype=dtype)
+        assert {param.dtype for param in encoder.backbone.parameters()} == {parameters}
+    with pytest.raises(ValueError, match=r"with dtype fp32 got parameters of torch\.bfloat16"):
+        ema_target_encoder(TinyBackbone().to(torch.bfloat16))
+    with pytest.raises(ValueError, match=r"with dtype bf16 got parameters of torch\.float32"):
+        ema_target_encoder(TinyBackbone(), dtype="bf16")
 
 
 @pytest.mark.parametrize("ema_decay", [-0.001, 1.0, 1.5, math.nan])

@@ -12,6 +12,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from dllm_jepa.errors import CheckpointError
 
 
+def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, live, by name; not those that stay what they were, such as the base of LoRA."""
+    # state_dict knows the names without the wrappers of activation checkpointing.
+    return {name: param for name, param in module.state_dict(keep_vars=True).items() if param.requires_grad}
+
+
 def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """The tensors of an optimizer's state, live: to be saved, or loaded in place.
 
@@ -47,7 +53,7 @@ def optimizer_numbers(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]
             {key: _plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
         ],
         "state": numbers,
-        "met": [name for name, param in _named(module) if optimizer.state.get(param)],
+        "met": [name for name, param in trained_tensors(module).items() if optimizer.state.get(param)],
     }
 
 
@@ -62,7 +68,7 @@ def restore_optimizer(optimizer: Optimizer, module: nn.Module, saved: Mapping[st
         saved: `optimizer_numbers` of the saved run.
     """
     _create_state(optimizer)
-    for name, param in _named(module):
+    for name, param in trained_tensors(module).items():
         if name not in saved["met"]:
             optimizer.state.pop(param, None)
             continue
@@ -99,13 +105,8 @@ def check_rates(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         )
 
 
-def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    # state_dict knows the names without the wrappers of activation checkpointing.
-    yield from module.state_dict(keep_vars=True).items()
-
-
 def _states(optimizer: Optimizer, module: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, param in _named(module):
+    for name, param in trained_tensors(module).items():
         for key, value in optimizer.state.get(param, {}).items():
             yield f"{name}.{key}", value
 

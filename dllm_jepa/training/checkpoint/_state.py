@@ -14,6 +14,7 @@ from dllm_jepa.training.checkpoint._optimizer import (
     optimizer_tensors,
     replay_schedule,
     restore_optimizer,
+    trained_tensors,
 )
 from dllm_jepa.training.checkpoint._reader import SavedCheckpoint
 
@@ -47,7 +48,7 @@ class TrainingState:
     The schedule has no state of its own here: its steps are taken again.
 
     Args:
-        trained: everything that the optimizer trains.
+        trained: modules with everything that the optimizer trains; what is frozen in them is not part of the state.
         optimizer: an optimizer over the parameters of `trained`.
         lr_scheduler: its schedule, or None.
         parts: everything else by name, such as the target encoder; None is a part that this run does without.
@@ -69,7 +70,7 @@ class TrainingState:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor, live, as `{part}.{name}`."""
         groups: dict[str, Mapping[str, Tensor]] = {
-            TRAINED: self._trained.state_dict(),
+            TRAINED: {name: param.detach() for name, param in trained_tensors(self._trained).items()},
             "optimizer": optimizer_tensors(self._optimizer, self._trained),
             **{name: part.tensors() for name, part in self._parts.items()},
         }
@@ -115,4 +116,5 @@ def check_trained(checkpoint: SavedCheckpoint, part: str, module: nn.Module) -> 
         CheckpointError: listing the tensors that differ.
     """
     prefix = f"{TRAINED}.{part}."
-    checkpoint.check_shapes({f"{prefix}{name}": value for name, value in module.state_dict().items()}, part=prefix)
+    wanted = {f"{prefix}{name}": param for name, param in trained_tensors(module).items()}
+    checkpoint.check_shapes(wanted, part=prefix)

@@ -1,0 +1,226 @@
+"""The peak of what comes and goes within a micro-batch, simulated.
+
+The real forward and backward run on fake tensors, which have shapes but no data, while the bytes of all live storages
+are added up.
+
+Shape legend: S sequences, B rows and T tokens of a row, n masked tokens, D hidden.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torchtune.config import instantiate
+from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.training import set_activation_checkpointing
+
+from dllm_jepa.jepa import GlobalCounts, ViewSampler, jepa_loss, masked_token_loss, masked_token_weights, pool
+from dllm_jepa.memory._live_storages import LiveStorages
+from dllm_jepa.memory._optimizer import optimizer_step_bytes
+from dllm_jepa.memory._parts import DTYPES, build_parts
+from dllm_jepa.models import Backbone, MaskedDiffusionLM
+from dllm_jepa.packing import PackedSequences
+
+_DRAWS = 1000
+_SAMPLE = 2**20  # elements
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """Allocates what the CUDA kernel does; the CPU's RMSNorm is made of many operators, each with its output."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x, x.new_empty(x.shape[:-1]))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.empty_like(grad)
+
+
+class _LikeCUDA(TorchFunctionMode):
+    """Lets fake CPU tensors take the paths of CUDA tensors, which without a CUDA build of torch have no autograd."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return True
+        if func is F.rms_norm and len(args) == 2 and "weight" not in kwargs:
+            return _FusedRMSNorm.apply(args[0])  # type: ignore[no-untyped-call]
+        return func(*args, **kwargs)
+
+
+def _run_like_cuda(backbone: Backbone) -> None:
+    """Put layers and norm under `_LikeCUDA`: each on its own, for a mode around a whole backward is off inside it."""
+
+    def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _LikeCUDA():
+                return forward(*args, **kwargs)
+
+        return run
+
+    for module in (*backbone.layers, backbone.norm):
+        module.forward = wrapped(module.forward)
+
+
+def micro_batch_peak(cfg: DictConfig, num_gpus: int, *, with_logits: bool) -> int:
+    """Peak of what target branch, forward and backward of one micro-batch allocate.
+
+    It is one of `tokens_per_device` tokens, of sequences as long as they may be, all of whose tokens may be masked.
+    Gradients are there already, as from a micro-batch before, so that only the newest of a weight counts.
+
+    Args:
+        cfg: the config.
+        num_gpus: with several, weights are in the compute type and without a gradient in another type.
+        with_logits: with the head and its loss.
+    """
+    length = min(cfg.max_seq_len, cfg.tokens_per_device)
+    number, rest = divmod(cfg.tokens_per_device, length)
+    lengths = [length] * number + ([rest] if cfg.packed and rest else [])
+    packing = PackedSequences.from_lengths(lengths)
+    model, predictor = build_parts(cfg)
+    adapters = not all(param.requires_grad for param in model.parameters())
+    target = model if adapters else build_parts(cfg)[0]
+    dtype, compute_dtype = DTYPES[cfg.dtype], DTYPES[cfg.compute_dtype]
+    if cfg.device == "cpu" or compute_dtype == torch.float32:
+        _ = packing.bucket_positions  # it and the buckets are computed here, where tensors have data
+    sharded = num_gpus > 1
+    in_backward = cfg.get("optimizer_in_bwd", False)
+    update_bytes = optimizer_step_bytes(cfg, [_SAMPLE]) / _SAMPLE if in_backward else None
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Mismatch dtype", category=UserWarning)  # of the predictor's norms
+        if not adapters:
+            average = DTYPES[cfg.target_encoder.get("dtype", "fp32")] if cfg.jepa_weight > 0 else dtype
+            _put_fakes(target, compute_dtype if sharded else average, compute_dtype)
+            target.requires_grad_(False)
+        for module in (model, *([] if predictor is None else [predictor])):
+            _put_fakes(module, compute_dtype if sharded else dtype, compute_dtype)
+            _prepare_gradients(module, update_bytes=update_bytes)
+        if cfg.device == "cuda":
+            _run_like_cuda(model.backbone)
+            _run_like_cuda(target.backbone)
+        if cfg.enable_activation_checkpointing:
+            set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+        shape = (1, sum(lengths)) if cfg.packed else (number, length)
+        batch = _Batch(
+            tokens=torch.zeros(shape, dtype=torch.int64),
+            mask=packing if cfg.packed else torch.ones(shape, dtype=torch.bool),
+            masked=torch.zeros(math.ceil(_context_ratio(cfg) * sum(lengths)), dtype=torch.int64),
+            num_sequences=len(lengths),
+        )
+        enabled = compute_dtype == torch.bfloat16 and not sharded
+
+        def autocast() -> AbstractContextManager[None]:
+            return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+        with (storages := LiveStorages()):
+            _run(cfg, batch, model, predictor, target, autocast, with_logits=with_logits)
+    return storages.peak
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A micro-batch: tokens [B, T] (also for everything else of that shape), masked positions [n], and its bounds."""
+
+    tokens: Tensor
+    mask: PackedSequences | Tensor
+    masked: Tensor
+    num_sequences: int
+
+
+def _run(
+    cfg: DictConfig,
+    batch: _Batch,
+    model: MaskedDiffusionLM,
+    predictor: nn.Module | None,
+    target: MaskedDiffusionLM,
+    autocast: Callable[[], AbstractContextManager[None]],
+    *,
+    with_logits: bool,
+) -> None:
+    """The recipe's calls for one micro-batch."""
+    tokens, size, norm = batch.tokens, batch.num_sequences, cfg.pooled_layer_norm
+    if predictor is not None:
+        with autocast(), torch.no_grad():
+            hidden = target.backbone(tokens, mask=batch.mask, input_pos=tokens)
+            embedded = pool(hidden, tokens, size, layer_norm=norm)
+            del hidden
+    with autocast():
+        hidden, logits = model(
+            tokens, attention_mask=batch.mask, input_pos=tokens, logits_at=batch.masked if with_logits else None
+        )
+    counts = GlobalCounts(size, max(len(batch.masked), 1), tokens.numel(), tokens.numel())
+    loss = hidden.sum() * 0
+    if logits is not None:
+        token_loss = masked_token_loss(logits, batch.masked)
+        per_sequence = torch.ones(size, dtype=torch.int64)
+        weights = masked_token_weights(
+            cfg.loss_weight,
+            counts,
+            sequence_of_masked=batch.masked,
+            mask_ratio=per_sequence.float(),
+            num_masked=per_sequence,
+            num_maskable=per_sequence,
+        )
+        loss = (weights * token_loss).sum()
+    if predictor is not None:
+        pooled = pool(hidden, tokens, size, layer_norm=norm)
+        with autocast():
+            pred = predictor(pooled.to(hidden.dtype))
+        loss = loss + cfg.jepa_weight * jepa_loss(embedded, pred, counts)
+    loss.backward()
+
+
+def _put_fakes(module: nn.Module, trained: torch.dtype, frozen: torch.dtype) -> None:
+    """Put fake tensors of the given types in the place of parameters and buffers; for quantized ones dense ones."""
+    for submodule in module.modules():
+        for name, param in list(submodule.named_parameters(recurse=False)):
+            dtype = trained if param.requires_grad else frozen
+            fake = nn.Parameter(torch.empty(param.shape, dtype=dtype), requires_grad=param.requires_grad)
+            submodule.register_parameter(name, fake)
+        for name, buffer in list(submodule.named_buffers(recurse=False)):
+            submodule.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype), persistent=False)
+
+
+def _prepare_gradients(module: nn.Module, *, update_bytes: float | None) -> None:
+    """Give every trained parameter a gradient.
+
+    Args:
+        module: the module.
+        update_bytes: None, or with the optimizer in the backward pass the temporaries of an update per element: then a
+            parameter has no gradient before, and drops what it gets after the update.
+    """
+    for param in module.parameters():
+        if not param.requires_grad:
+            continue
+        if update_bytes is None:
+            param.grad = torch.empty_like(param)
+        else:
+            param.register_post_accumulate_grad_hook(partial(_update, update_bytes))  # type: ignore[no-untyped-call]
+
+
+def _update(update_bytes: float, param: Tensor) -> None:
+    torch.empty(int(param.numel() * update_bytes), dtype=torch.uint8)
+    param.grad = None
+
+
+def _context_ratio(cfg: DictConfig) -> float:
+    """The highest mask ratio of the context view in many draws."""
+    sampler: ViewSampler = instantiate(cfg.view_sampler)
+    tokens, maskable = np.zeros(4, dtype=np.int64), np.ones(4, dtype=np.bool_)
+    draws = (sampler(tokens, maskable, mask_id=1, seed=0, epoch=0, index=index) for index in range(_DRAWS))
+    return max(views.context.mask_ratio for views in draws)

@@ -1,0 +1,141 @@
+"""LoRA, DoRA and QLoRA as a change to a built model, and the first weights of its adapters.
+
+Shape legend: r rank, I inputs of a linear layer.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torchao.dtypes.nf4tensor import to_nf4
+from torchtune.modules.low_precision import FrozenNF4Linear
+from torchtune.modules.peft import DoRALinear, LoRALinear
+
+from dllm_jepa.models._init import InitialWeights
+from dllm_jepa.models._lora_settings import ATTN_MODULES, MLP_MODULES, LoRASettings
+from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
+
+ADAPTER_SUFFIXES = (".lora_a.weight", ".lora_b.weight", ".magnitude")
+
+# torchao quantizes blocks of 64 weights, and then the scales of 256 blocks.
+_NF4_BLOCK = 64 * 256
+
+
+class WeightSource(Protocol):
+    """Gives weights by parameter name."""
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """The weight, or some of its rows, on CPU."""
+        ...
+
+
+def add_lora(model: MaskedDiffusionLM, settings: LoRASettings) -> MaskedDiffusionLM:
+    """Freeze a model and add adapters to its transformer layers, in place.
+
+    Args:
+        model: a model without adapters. Its weights are kept, unless they are quantized.
+        settings: where, and of which kind.
+
+    Returns:
+        The model. Its parameters with a gradient are the adapters alone.
+
+    Raises:
+        ValueError: if a layer cannot be quantized.
+    """
+    model.requires_grad_(False)
+    model.lora = settings
+    adapted = settings.module_names()
+    for number, layer in enumerate(model.backbone.layers):
+        for name in (*(f"attn.{name}" for name in ATTN_MODULES), *(f"mlp.{name}" for name in MLP_MODULES)):
+            linear = layer.get_submodule(name)
+            assert isinstance(linear, nn.Linear), type(linear)
+            if settings.quantize_base and linear.weight.numel() % _NF4_BLOCK:
+                raise ValueError(
+                    f"quantize_base: layer {number} has {linear.weight.numel()} weights in {name}, and NF4 needs a "
+                    f"multiple of {_NF4_BLOCK}; set quantize_base: false, or take a wider model"
+                )
+            if name in adapted:
+                layer.set_submodule(name, _adapted(linear, settings))
+            elif settings.quantize_base:
+                layer.set_submodule(name, _quantized(linear))
+    return model
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter name is that of an adapter."""
+    return name.endswith(ADAPTER_SUFFIXES)
+
+
+class LoRAWeights:
+    """First weights of a model with adapters, read by parameter name: the base's, and adapters that change nothing.
+
+    A is uniform in +-1/sqrt(I), B zero, and a DoRA magnitude the norm of its weight's rows as they are stored. Every
+    tensor depends on (base, seed, name, shape) alone.
+
+    Args:
+        model: the model, on any device.
+        base: gives the weights of the base.
+        seed: seed of the run.
+        dtype: type in which the base is stored.
+
+    Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353.
+    """
+
+    def __init__(self, model: MaskedDiffusionLM, base: WeightSource, *, seed: int, dtype: torch.dtype) -> None:
+        assert model.lora is not None, "the model has no adapters"
+        self._base = base
+        self._dtype = dtype
+        self._is_quantized = model.lora.quantize_base
+        self._adapters = InitialWeights(model, seed=seed, num_layers=model.sizes.num_layers)
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """The first value of a parameter, or of some of its rows, on CPU."""
+        if not is_adapter(name):
+            return self._base.read(name, rows)
+        if not name.endswith(".magnitude"):
+            return self._adapters.read(name, rows)
+        of = f"{name.removesuffix('.magnitude')}.weight"
+        if self._is_quantized:  # its blocks do not end with rows
+            weight = to_nf4(self._base.read(of).to(self._dtype)).get_original_weight()
+            weight = weight if rows is None else weight[rows]
+        else:
+            weight = self._base.read(of, rows).to(self._dtype)
+        norms: Tensor = torch.linalg.norm(weight, dim=1)
+        return norms
+
+
+def adapted_modules(model: MaskedDiffusionLM) -> Iterator[str]:
+    """Names of the linear layers with an adapter, in the order of the model."""
+    assert model.lora is not None, "the model has no adapters"
+    for number in range(model.sizes.num_layers):
+        yield from (f"backbone.layers.{number}.{name}" for name in model.lora.module_names())
+
+
+def _adapted(linear: nn.Linear, settings: LoRASettings) -> nn.Module:
+    build = DoRALinear if settings.use_dora else LoRALinear
+    with linear.weight.device:
+        adapted: nn.Module = build(
+            linear.in_features,
+            linear.out_features,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            use_bias=linear.bias is not None,
+            quantize_base=settings.quantize_base,
+        )
+    if not settings.quantize_base:
+        adapted.register_parameter("weight", linear.weight)
+    if isinstance(linear.bias, nn.Parameter):
+        adapted.register_parameter("bias", linear.bias)
+    for name, param in adapted.named_parameters():
+        param.requires_grad_(is_adapter(f".{name}"))
+    return adapted
+
+
+def _quantized(linear: nn.Linear) -> nn.Module:
+    with linear.weight.device:
+        quantized: nn.Module = FrozenNF4Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    if isinstance(linear.bias, nn.Parameter):
+        quantized.register_parameter("bias", linear.bias)
+    return quantized.requires_grad_(False)

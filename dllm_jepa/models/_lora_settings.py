@@ -1,0 +1,79 @@
+"""What the adapters of a model are like: the arguments of the LoRA builders, in torchtune's terms.
+
+Shape legend: r rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
+MLP_MODULES = ("w1", "w2", "w3")
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """What the adapters of a model are like.
+
+    Args:
+        attn_modules: projections of the attention that get an adapter, of `ATTN_MODULES`.
+        apply_to_mlp: whether the three layers of the feed-forward get one, too.
+        rank: r.
+        alpha: the product B A is scaled by alpha / r.
+        dropout: share of the inputs of an adapter that is dropped, in [0, 1).
+        use_dora: learn the norms of the rows of each weight besides (DoRA).
+        quantize_base: keep the frozen linear layers in NF4 (QLoRA).
+    """
+
+    attn_modules: tuple[str, ...]
+    apply_to_mlp: bool
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    use_dora: bool = False
+    quantize_base: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: naming the argument of the builders, the value and what is allowed.
+        """
+        if wrong := [name for name in self.attn_modules if name not in ATTN_MODULES]:
+            raise ValueError(f"lora_attn_modules: no module {', '.join(wrong)}; there are {', '.join(ATTN_MODULES)}")
+        if len(set(self.attn_modules)) != len(self.attn_modules):
+            raise ValueError(f"lora_attn_modules names a module twice: {', '.join(self.attn_modules)}")
+        if not self.attn_modules and not self.apply_to_mlp:
+            raise ValueError(
+                f"no adapters: give lora_attn_modules some of {', '.join(ATTN_MODULES)}, or set apply_lora_to_mlp: true"
+            )
+        if self.rank < 1:
+            raise ValueError(f"lora_rank must be at least 1, got {self.rank}")
+        if self.alpha <= 0:
+            raise ValueError(f"lora_alpha must be above 0, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def scaling(self) -> float:
+        """What the product B A is multiplied by."""
+        return self.alpha / self.rank
+
+    def module_names(self) -> tuple[str, ...]:
+        """The linear layers of a transformer layer that get an adapter, as `attn.q_proj`."""
+        mlp = MLP_MODULES if self.apply_to_mlp else ()
+        return (*(f"attn.{name}" for name in self.attn_modules), *(f"mlp.{name}" for name in mlp))
+
+
+def lora_settings(
+    lora_attn_modules: Sequence[str],
+    apply_lora_to_mlp: bool,
+    lora_rank: int,
+    lora_alpha: float,
+    lora_dropout: float,
+    use_dora: bool,
+    quantize_base: bool,
+) -> LoRASettings:
+    """`LoRASettings` from the arguments of the builders, which are named as in torchtune."""
+    return LoRASettings(
+        tuple(lora_attn_modules), apply_lora_to_mlp, lora_rank, lora_alpha, lora_dropout, use_dora, quantize_base
+    )

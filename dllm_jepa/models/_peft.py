@@ -1,0 +1,191 @@
+"""Adapters in the layout of the PEFT library, which loads them on the published class.
+
+Source: https://github.com/huggingface/peft (names of the tensors and keys of adapter_config.json).
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dllm_jepa.errors import CheckpointError
+from dllm_jepa.files import publish, sync_files
+from dllm_jepa.models._families import FAMILIES
+from dllm_jepa.models._hf_reader import HFCheckpoint
+from dllm_jepa.models._json import read_json_object
+from dllm_jepa.models._lora import adapted_modules, add_lora, is_adapter
+from dllm_jepa.models._lora_settings import LoRASettings
+from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM, init_rope
+from dllm_jepa.models._tokenizer import Tokenizer
+
+CONFIG_NAME = "adapter_config.json"
+_WEIGHTS_NAME = "adapter_model.safetensors"
+_BASE_KEY = "dllm_jepa.base_fingerprint"  # in the metadata of the weights, which PEFT passes over
+_SETTINGS_KEY = "dllm_jepa.lora"
+_PREFIX = "base_model.model."
+_SUFFIXES = {
+    ".lora_a.weight": ".lora_A.weight",
+    ".lora_b.weight": ".lora_B.weight",
+    ".magnitude": ".lora_magnitude_vector",
+}
+
+
+def save_adapter(
+    model: MaskedDiffusionLM,
+    path: str | Path,
+    adapters: Mapping[str, Tensor],
+    *,
+    base: str | Path | None,
+    tokenizer: Tokenizer | None = None,
+    card: str | None = None,
+) -> None:
+    """Write adapter_config.json and adapter_model.safetensors; the directory appears complete or not at all.
+
+    Args:
+        model: a model with adapters, on any device; it gives the family, the sizes and the settings.
+        path: directory to create.
+        adapters: full tensors, by our parameter names.
+        base: directory of the base, whose fingerprint is stored; None for a base with random weights.
+        tokenizer: its files are written, too.
+        card: text of README.md; None writes none.
+
+    Raises:
+        CheckpointError: if `path` exists or cannot be written.
+    """
+    path = Path(path)
+    if path.exists():
+        raise CheckpointError(f"{path} already exists; nothing is overwritten: choose another directory or remove it")
+    assert model.lora is not None, "the model has no adapters"
+    metadata = {"format": "pt", _SETTINGS_KEY: json.dumps(asdict(model.lora))}
+    metadata |= {} if base is None else {_BASE_KEY: HFCheckpoint(base).fingerprint()}
+    names = _peft_names(model)
+    tensors = {names[name]: tensor.detach().to("cpu").contiguous() for name, tensor in adapters.items()}
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
+        unfinished.mkdir(parents=True)
+        save_file(tensors, unfinished / _WEIGHTS_NAME, metadata=metadata)
+        config = json.dumps(_peft_config(model, base), indent=2) + "\n"
+        (unfinished / CONFIG_NAME).write_text(config, encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(unfinished)
+        if card is not None:
+            (unfinished / "README.md").write_text(card, encoding="utf-8")
+        sync_files(unfinished)
+        publish(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def load_adapter(
+    path: str | Path,
+    base: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> MaskedDiffusionLM:
+    """Load a base and an adapter that was written by `save_adapter` into one process.
+
+    Args:
+        path: directory of the adapter.
+        base: directory of the base; None takes the one that the adapter names.
+        dtype: type of the weights of the base; adapters stay in theirs.
+        device: where they go.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        CheckpointError: if a directory cannot be read, the adapter was trained on another base, or its tensors do not
+            fit its config.
+    """
+    path = Path(path)
+    if not (path / CONFIG_NAME).exists():
+        raise CheckpointError(f"{path} is no adapter: it has no {CONFIG_NAME}")
+    config = read_json_object(path / CONFIG_NAME)
+    base = base or config.get("base_model_name_or_path")
+    if not base:
+        raise CheckpointError(f"{path / CONFIG_NAME} names no base; give the directory of the model it was trained on")
+    origin = HFCheckpoint(base)
+    model = origin.build()
+    origin.check(model)
+    metadata, saved = _read(path / _WEIGHTS_NAME)
+    if metadata.get(_BASE_KEY) != origin.fingerprint():
+        raise CheckpointError(
+            f"the adapter {path} was trained on other weights than those of {base}: give the directory of its base"
+        )
+    settings = json.loads(metadata[_SETTINGS_KEY])
+    # The base is read as it was published, whatever it was kept in for training.
+    settings |= {"attn_modules": tuple(settings["attn_modules"]), "quantize_base": False}
+    add_lora(model, LoRASettings(**settings))
+    names = _peft_names(model)
+    expected = {names[name]: tuple(p.shape) for name, p in model.named_parameters() if is_adapter(name)}
+    found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+        lines = [f"{name}: {found.get(name, 'missing')}, needed {expected.get(name, 'nothing')}" for name in wrong[:10]]
+        raise CheckpointError(f"{path / _WEIGHTS_NAME} does not fit its settings:\n  " + "\n  ".join(lines))
+    _fill(model, lambda name: saved[names[name]] if is_adapter(name) else origin.read(name).to(dtype), device)
+    return model.eval()
+
+
+def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    if _SETTINGS_KEY not in metadata:
+        raise CheckpointError(f"{file} was not written by this package: it lacks the settings of its adapters")
+    return metadata, tensors
+
+
+def _fill(model: MaskedDiffusionLM, read: Callable[[str], Tensor], device: torch.device | str) -> None:
+    model.to_empty(device=device)
+    for name, param in [*model.named_parameters()]:
+        module, _, key = name.rpartition(".")
+        filled = torch.nn.Parameter(read(name).to(device), requires_grad=param.requires_grad)
+        model.get_submodule(module).register_parameter(key, filled)
+    init_rope(model)
+
+
+def _peft_names(model: MaskedDiffusionLM) -> dict[str, str]:
+    """PEFT's name of every adapter tensor, by ours."""
+    assert model.lora is not None, "the model has no adapters"
+    published = FAMILIES[model.family].hf_names(model.sizes)
+    suffixes = {ours: theirs for ours, theirs in _SUFFIXES.items() if ours != ".magnitude" or model.lora.use_dora}
+    return {
+        f"{module}{ours}": f"{_PREFIX}{published[f'{module}.weight'].removesuffix('.weight')}{theirs}"
+        for module in adapted_modules(model)
+        for ours, theirs in suffixes.items()
+    }
+
+
+def _peft_config(model: MaskedDiffusionLM, base: str | Path | None) -> dict[str, Any]:
+    assert model.lora is not None, "the model has no adapters"
+    published = FAMILIES[model.family].hf_names(model.sizes)
+    modules = {re.escape(published[f"{module}.weight"].removesuffix(".weight")) for module in adapted_modules(model)}
+    layers = sorted({re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", module) for module in modules})
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None if base is None else str(base),
+        "r": model.lora.rank,
+        "lora_alpha": model.lora.alpha,
+        "lora_dropout": model.lora.dropout,
+        # A pattern of the whole path: LLaDA calls a layer of each block, and its head, ff_out.
+        "target_modules": "|".join(layers),
+        "use_dora": model.lora.use_dora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }

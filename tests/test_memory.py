@@ -1,0 +1,366 @@
+"""The computed memory of a step, against tensors that are really there."""
+
+import gc
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torchao.dtypes.nf4tensor import to_nf4
+from torchtune.config import instantiate
+from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.training import set_activation_checkpointing
+
+from dllm_jepa import cli
+from dllm_jepa.config import load_config, with_defaults
+from dllm_jepa.jepa import GlobalCounts, jepa_loss, masked_token_loss, masked_token_weights, pool
+from dllm_jepa.memory import LiveStorages, MemoryTable, step_memory
+from dllm_jepa.memory._live_storages import stored_bytes
+from dllm_jepa.memory._micro_batch import micro_batch_peak
+from dllm_jepa.models import MaskedDiffusionLM, _attention
+from dllm_jepa.packing import PackedSequences
+
+SMALL = ("max_seq_len=32", "tokens_per_device=80", "view_sampler={_component_: dllm_jepa.jepa.fixed_ratio_views}")
+LORA = "model={_component_: dllm_jepa.models.llada.lora_llada, lora_attn_modules: [q_proj, v_proj], lora_rank: 4, %s}"
+SIZES = "vocab_size: 512, embed_dim: 128, num_layers: 2, num_heads: 4, mlp_dim: 256"
+ADAMW_8BIT = ("optimizer={_component_: torchao.optim.AdamW8bit, lr: 1e-3}",)
+
+
+def config(*overrides: str) -> DictConfig:
+    return with_defaults(load_config(["--config", "tiny", *SMALL, *overrides]))
+
+
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def build(cfg: DictConfig) -> tuple[MaskedDiffusionLM, nn.Module]:
+    """Model and predictor with memory."""
+    model = instantiate(cfg.model)
+    predictor = instantiate(cfg.predictor, model.sizes.embed_dim, model.sizes.mlp_dim)
+    return model, predictor
+
+
+# The tracker
+
+
+def test_a_storage_counts_from_birth_to_death() -> None:
+    before = torch.zeros(100)
+    with LiveStorages() as storages:
+        first = before + 1  # 400 bytes
+        view = first.view(10, 10)[2:].t()
+        before.add_(1)
+        assert (storages.live, storages.peak) == (400, 400)
+        second = torch.cat((first, first))  # 800
+        assert storages.live == 1200
+        del first, second
+        assert storages.live == 400  # the view holds it
+        del view
+        assert (storages.live, storages.peak) == (0, 1200)
+        torch.empty(10, dtype=torch.int64)
+    assert (storages.live, storages.peak) == (0, 1200)
+
+
+def test_the_tracker_sees_what_the_backward_pass_keeps() -> None:
+    x = torch.zeros(1000, requires_grad=True)
+    with LiveStorages() as storages:
+        y = (x * 2).exp().sum()  # exp keeps its result for the backward pass
+        assert storages.live == 4000 + 4
+        y.backward()
+        assert x.grad is not None
+        del y
+    assert storages.live == 4000  # the gradient
+    assert storages.peak == 2 * 4000 + 4 + 4  # result and its gradient; the sum and its own
+
+
+def test_quantized_tensors_count_what_is_inside() -> None:
+    weight = to_nf4(torch.ones(256, 64))
+    inside = sum(getattr(weight, name).numel() * getattr(weight, name).element_size() for name in (
+        "quantized_data", "scaler_mean", "quantization_factor", "quantized_scalers", "nf4"
+    ))  # fmt: skip
+    assert stored_bytes(weight) == inside < weight.numel()
+    with LiveStorages() as storages:
+        dense = weight.get_original_weight()
+    assert storages.live == total_bytes([dense]) < storages.peak
+
+
+# What lasts
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("dtype=bf16",), ADAMW_8BIT, (*ADAMW_8BIT, "dtype=bf16"), ("optimizer={_component_: torch.optim.SGD}",)],
+    ids=["adamw", "bf16", "8bit", "8bit bf16", "sgd"],
+)
+def test_lasting_rows_are_those_of_real_tensors(overrides: tuple[str, ...]) -> None:
+    cfg = config(*overrides)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[cfg.dtype]
+    model, predictor = (module.to(dtype) for module in build(cfg))
+    target_encoder = instantiate(cfg.target_encoder, instantiate(cfg.model).backbone)
+    params = [*model.parameters(), *predictor.parameters()]
+    optimizer = instantiate(cfg.optimizer, params)
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    with torch.compiler.set_stance("force_eager"):
+        optimizer.step()
+
+    def state(module: nn.Module) -> int:
+        values = (value for param in module.parameters() for value in optimizer.state[param].values())
+        return sum(stored_bytes(value) for value in values if isinstance(value, Tensor))
+
+    table = step_memory(cfg)
+    assert table.trained_weights == table.gradients == total_bytes(model.parameters())
+    assert table.frozen_weights == table.anchor == table.gathered == 0
+    assert table.target_encoder == total_bytes(target_encoder.backbone.parameters())
+    assert table.optimizer_state == state(model)
+    assert table.predictor == 2 * total_bytes(predictor.parameters()) + state(predictor)
+
+
+def test_a_bf16_average_takes_half() -> None:
+    whole, half = (step_memory(config(f"target_encoder.dtype={dtype}")) for dtype in ("fp32", "bf16"))
+    assert whole.target_encoder == 2 * half.target_encoder > 0
+
+
+def test_plain_diffusion_has_no_parts_of_jepa() -> None:
+    table = step_memory(config("jepa_weight=0", "l2_anchor_weight=0.1"))
+    assert table.target_encoder == table.predictor == 0
+    assert table.anchor == table.trained_weights
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_adapters_are_trained_and_averaged_alone(quantize: bool) -> None:
+    cfg = config(LORA % f"quantize_base: {quantize}, {SIZES}", "compute_dtype=bf16")
+    model, predictor = build(cfg)
+    table = step_memory(cfg)
+    trained = [param for param in model.parameters() if param.requires_grad]
+    frozen = [param for param in model.parameters() if not param.requires_grad]
+    nf4 = sum(stored_bytes(param) for param in frozen if hasattr(param, "quantized_data"))
+    dense = sum(param.numel() for param in frozen if not hasattr(param, "quantized_data"))
+    assert bool(nf4) == quantize
+    assert table.trained_weights == table.gradients == table.target_encoder == total_bytes(trained)
+    assert table.frozen_weights == nf4 + 2 * dense
+    assert table.predictor == 4 * total_bytes(predictor.parameters()) + 4 * len(list(predictor.parameters()))
+
+
+def test_dequantized_weights_are_among_the_activations() -> None:
+    dense, quantized = (
+        step_memory(config(LORA % f"quantize_base: {quantize}, {SIZES}", "compute_dtype=bf16"))
+        for quantize in (False, True)
+    )
+    largest = 128 * 256
+    assert 2 * largest < quantized.activations - dense.activations < 64 * largest
+
+
+# What comes and goes
+
+
+def measured_peak(cfg: DictConfig, *, with_logits: bool) -> int:
+    """The peak of a second micro-batch of 32, 32 and 16 tokens, really run on the CPU."""
+    (model, predictor), backbone = build(cfg), instantiate(cfg.model).backbone.requires_grad_(False)
+    if cfg.enable_activation_checkpointing:
+        set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+    packing = PackedSequences.from_lengths([32, 32, 16])
+    tokens = torch.randint(0, 500, (1, 80))
+    ids = torch.tensor([0] * 32 + [1] * 32 + [2] * 16)[None]
+    positions = torch.cat([torch.arange(length) for length in (32, 32, 16)])[None]
+    masked, ones = torch.arange(16), torch.ones(3, dtype=torch.int64)
+    counts = GlobalCounts(3, 16, 80, 80)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=cfg.compute_dtype == "bf16")
+
+    def micro_batch() -> None:
+        with autocast(), torch.no_grad():
+            target = pool(backbone(tokens, mask=packing, input_pos=positions), ids, 3)
+        with autocast():
+            hidden, logits = model(
+                tokens, attention_mask=packing, input_pos=positions, logits_at=masked if with_logits else None
+            )
+        pooled = pool(hidden, ids, 3)
+        with autocast():
+            pred = predictor(pooled.to(hidden.dtype))
+        loss = jepa_loss(target, pred, counts)
+        if with_logits:
+            weights = masked_token_weights(
+                "mean", counts, sequence_of_masked=masked % 3, mask_ratio=ones, num_masked=ones, num_maskable=ones
+            )
+            loss = loss + (weights * masked_token_loss(logits, masked)).sum()
+        loss.backward()
+
+    micro_batch()
+    for param in model.parameters():  # without logits the head has had none
+        param.grad = torch.zeros_like(param)
+    gc.collect()
+    with LiveStorages() as storages:
+        micro_batch()
+    return storages.peak
+
+
+@pytest.mark.parametrize("with_logits", [False, True], ids=["backbone", "whole"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
+def test_the_simulated_peak_is_the_measured_one(compute_dtype: str, checkpointing: bool, with_logits: bool) -> None:
+    cfg = config(f"compute_dtype={compute_dtype}", f"enable_activation_checkpointing={checkpointing}")
+    simulated = micro_batch_peak(cfg, 1, with_logits=with_logits)
+    assert simulated == pytest.approx(measured_peak(cfg, with_logits=with_logits), rel=0.03)
+
+
+def test_checkpointing_and_fewer_tokens_take_less() -> None:
+    plain, recomputed, half = (
+        step_memory(config(f"enable_activation_checkpointing={on}", f"tokens_per_device={tokens}"))
+        for on, tokens in ((False, 4096), (True, 4096), (False, 2048))
+    )
+    assert recomputed.activations < 0.6 * plain.activations
+    assert half.activations == pytest.approx(plain.activations / 2, rel=0.1)
+    assert recomputed.lasting == plain.lasting == half.lasting
+
+
+def test_a_gpu_takes_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the reference is not what a GPU runs")
+
+    wide = ("compute_dtype=bf16", "enable_activation_checkpointing=true", "tokens_per_device=4096")
+    cfg = config("device=cuda", *wide)
+    on_cpu = micro_batch_peak(config(*wide), 1, with_logits=False)
+    monkeypatch.setattr(_attention, "_bucketed_attention", refuse)
+    assert 0 < micro_batch_peak(cfg, 1, with_logits=False) < on_cpu
+
+
+def test_padded_rows_are_simulated_too() -> None:
+    assert step_memory(config("packed=false")).activations > 0
+
+
+def test_logits_are_those_of_the_highest_ratio() -> None:
+    samplers = (
+        "fixed_ratio_views, context_ratio: 0.1",
+        "fixed_ratio_views, context_ratio: 0.4",
+        "uniform_ratio_views, context_range: [0.0, 0.4]",
+    )
+    low, high, drawn = (
+        step_memory(
+            config(
+                f"view_sampler={{_component_: dllm_jepa.jepa.{sampler}}}",
+                "tokens_per_device=2048",
+                "model.vocab_size=8192",
+            )
+        )
+        for sampler in samplers
+    )
+    assert low.logits < high.logits
+    assert drawn.logits == pytest.approx(high.logits, rel=0.02)
+
+
+def test_the_optimizer_in_the_backward_pass_keeps_one_gradient() -> None:
+    kept, fused = (step_memory(config(f"optimizer_in_bwd={on}", "clip_grad_norm=null")) for on in (False, True))
+    assert fused.gradients == 4 * 512 * 128  # embedding or head
+    assert fused.predictor == pytest.approx(kept.predictor * 3 / 4, rel=0.001)
+    assert fused.optimizer_step == 0
+    assert fused.total < kept.total
+
+
+# The optimizer's step
+
+
+def test_steps_over_all_parameters_have_temporaries_of_all() -> None:
+    adamw = "optimizer={_component_: torch.optim.AdamW, lr: 1e-3, %s}"
+    each, foreach, fused = (
+        step_memory(config("device=cuda", adamw % mode)) for mode in ("foreach: false", "fused: null", "fused: true")
+    )
+    weights = each.trained_weights + each.predictor // 4
+    assert each.optimizer_step < foreach.optimizer_step
+    assert foreach.optimizer_step == pytest.approx(weights, rel=0.1)
+    assert fused.optimizer_step < 1000
+
+
+def test_compiled_steps_hold_two_moments_in_fp32() -> None:
+    assert step_memory(config(*ADAMW_8BIT)).optimizer_step == 2 * 4 * 512 * 128
+
+
+def test_the_total_is_the_larger_of_micro_batch_and_optimizer() -> None:
+    parts = dict.fromkeys(MemoryTable.__dataclass_fields__, 1)
+    assert MemoryTable(**parts).total == 7 + 3
+    assert MemoryTable(**parts | {"optimizer_step": 5}).total == 7 + 5
+    for step in (0, 5):
+        *rows, (name, total) = MemoryTable(**parts | {"optimizer_step": step}).rows()
+        assert (name, sum(size for _, size in rows)) == ("total", total)
+
+
+# Several GPUs
+
+
+def test_what_lasts_is_divided() -> None:
+    one, four, replicated = (
+        step_memory(config(f"data_parallel_replicate_dim={copies}"), gpus) for gpus, copies in ((1, 1), (4, 1), (4, 2))
+    )
+    for row in ("trained_weights", "gradients", "target_encoder"):
+        assert getattr(one, row) == 4 * getattr(four, row) == 2 * getattr(replicated, row)
+    for row in ("optimizer_state", "predictor"):  # with a step counter for each parameter
+        assert getattr(one, row) == pytest.approx(4 * getattr(four, row), rel=0.01)
+        assert getattr(one, row) == pytest.approx(2 * getattr(replicated, row), rel=0.01)
+    assert one.gathered == 0 < four.gathered == replicated.gathered
+
+
+def test_rows_that_do_not_divide_are_rounded_up() -> None:
+    narrow = config("model.num_layers=1", "model.mlp_dim=30", "jepa_weight=0")
+    model = instantiate(narrow.model)
+    shards = [-(-param.size(0) // 8) * param[0].numel() for param in model.parameters()]
+    assert step_memory(narrow, 8).trained_weights == 4 * sum(shards) > total_bytes(model.parameters()) // 8
+
+
+def test_gathered_are_root_two_layers_and_the_largest_gradient() -> None:
+    layer = 4 * 128 * 128 + 3 * 128 * 384 + 2 * 128
+    embedding, norm, head = 512 * 128, 128, 512 * 128
+    predictor = 2 * 128 * 128 + 3 * 128 * 384 + 3 * 128
+    assert step_memory(config(), 2).gathered == 4 * (embedding + norm + 2 * layer) + 12 * max(head, predictor)
+    bf16 = step_memory(config("compute_dtype=bf16", "device=cuda"), 2).gathered
+    assert bf16 == 2 * (embedding + norm + 2 * layer) + 8 * max(head, predictor)
+
+
+# The command
+
+
+def test_the_command_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["memory", "--config", "tiny", "--gpus", "2", "max_seq_len=32", "tokens_per_device=80"])
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header == ("tiny on each of 2 GPUs: 80 tokens per micro-batch, trained weights in fp32, computing in fp32")
+    assert [line.split("  ")[1] for line in lines] == [
+        "weights",
+        "EMA target encoder",
+        "gradients",
+        "optimizer state",
+        "predictor with its gradients and optimizer state",
+        "gathered layers (FSDP)",
+        "activations",
+        "logits",
+        "total",
+    ]
+    assert all(line.endswith(" GiB") for line in lines)
+
+
+def test_paths_that_only_a_run_needs_may_be_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    text = (Path(__file__).parents[1] / "configs" / "tiny.yaml").read_text().replace("runs/tiny ", "??? ")
+    path.write_text(text.replace("checkpoint_dir: null", "checkpoint_dir: ???"))
+    cli.main(["memory", str(path), "max_seq_len=32", "tokens_per_device=80"])
+    assert capsys.readouterr().out.startswith(f"{path} on 1 GPU: 80 tokens")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tinny"], "'tinny' is neither a file nor a packaged config"),
+        (["tiny", "modell=3"], "modell: unknown key"),
+        (["tiny", "max_seq_len=zero"], "max_seq_len"),
+        (["--config", "tiny", "--gpus", "0"], "--gpus: 0 given, must be at least 1"),
+        (["--config", "tiny", "--gpus", "3", "data_parallel_replicate_dim=2"], "data_parallel_replicate_dim: 2"),
+        ([], "--config is missing"),
+    ],
+)
+def test_errors_are_one_message(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["memory", *words])
+    captured = capsys.readouterr()
+    assert exit_.value.code == 1 and captured.out == ""
+    assert captured.err.count("error: ") == 1 and message in captured.err
