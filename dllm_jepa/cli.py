@@ -70,12 +70,15 @@ def _parser() -> argparse.ArgumentParser:
     checkpoints.add_argument("directory", type=Path, help="output_dir of a run, or the folder of its checkpoints")
     checkpoints.set_defaults(command=_checkpoints)
 
-    export = commands.add_parser("export", help="write the model of a training state as a Hugging Face directory")
+    export = commands.add_parser(
+        "export", help="write the model or adapter of a training state as a Hugging Face directory"
+    )
     export.add_argument("checkpoint", type=Path, help="a training state, such as RUN/checkpoints/latest")
     export.add_argument("out", type=Path, help="directory to create")
     export.add_argument("--part", choices=("online", "target"), default="online", help="weights (default: online)")
     export.add_argument("--dtype", choices=("fp32", "bf16"), help="stored type (default: that of the run's own export)")
     export.add_argument("--like", type=Path, help="directory for config.json and tokenizer (default: the run's base)")
+    export.add_argument("--merged", action="store_true", help="of LoRA: the base with the adapter merged into it")
     export.set_defaults(command=_export)
 
     # Only for --help; `main` sends the words on to `tune run`.
@@ -135,10 +138,11 @@ def _cat(arguments: argparse.Namespace) -> None:
 
 
 def _validate(arguments: argparse.Namespace) -> None:
-    """Check a config the way a run does, except for what depends on the machine."""
+    """Check a config the way the recipe of its launch line does, except for what depends on the machine."""
     cfg = config.load_config(["--config", arguments.name, *arguments.overrides])
-    config.validate(cfg)
-    for line in config.warnings(cfg):
+    schema = config.schema_of(resolve_config(arguments.name).read_text(encoding="utf-8"))
+    config.validate(cfg, schema)
+    for line in config.warnings(cfg, schema):
         print(f"warning: {line}", file=sys.stderr)
     print(f"{arguments.name}: valid")
 
@@ -148,16 +152,16 @@ def _memory(arguments: argparse.Namespace) -> None:
     from dllm_jepa.memory import step_memory  # seconds to import
 
     words: list[str] = arguments.words
-    name = arguments.config or next((word for word in words if "=" not in word and not word.startswith("~")), None)
-    given = [] if name is None else ["--config", name]
-    cfg = config.load_config([*given, *(word for word in words if word != name)])
+    name: str = arguments.config or (words.pop(0) if words and "=" not in words[0] else "")
+    cfg = config.load_config([f"--config={name}", *words])
     for key in ("output_dir", "checkpoint_dir"):
         if OmegaConf.is_missing(cfg, key):
             cfg[key] = "."
-    cfg = config.with_defaults(cfg)
+    schema = config.schema_of(resolve_config(name).read_text(encoding="utf-8"))
+    cfg = config.with_defaults(cfg, schema)
     if arguments.gpus < 1:
         raise ConfigError(f"--gpus: {arguments.gpus} given, must be at least 1")
-    config.validate(cfg, launch=config.Launch(world_size=arguments.gpus, num_gpus=1))
+    config.validate(cfg, schema, config.Launch(world_size=arguments.gpus, num_gpus=1))
     gpus = "1 GPU" if arguments.gpus == 1 else f"each of {arguments.gpus} GPUs"
     print(
         f"{name} on {gpus}: {cfg.tokens_per_device:,} tokens per micro-batch, trained weights in {cfg.dtype}, "
@@ -201,7 +205,12 @@ def _export(arguments: argparse.Namespace) -> None:
     from dllm_jepa.export import export_checkpoint  # seconds to import
 
     export_checkpoint(
-        arguments.checkpoint, arguments.out, part=arguments.part, dtype=arguments.dtype, like=arguments.like
+        arguments.checkpoint,
+        arguments.out,
+        part=arguments.part,
+        dtype=arguments.dtype,
+        like=arguments.like,
+        merged=arguments.merged,
     )
     print(f"wrote {arguments.out}")
 

@@ -10,11 +10,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dllm_jepa.errors import CheckpointError
-from dllm_jepa.models import FAMILIES, SHARD_BYTES, MaskedDiffusionLM, Tokenizer, TransformerSizes, model_card, save_hf
+from dllm_jepa.models import (
+    FAMILIES,
+    SHARD_BYTES,
+    HFCheckpoint,
+    InitialWeights,
+    LoRASettings,
+    MaskedDiffusionLM,
+    Tokenizer,
+    TransformerSizes,
+    add_lora,
+    model_card,
+    save_adapter,
+    save_hf,
+    save_merged,
+)
 from dllm_jepa.models.dream import dream_tokenizer
 from dllm_jepa.models.llada import llada_tokenizer
 from dllm_jepa.models.tiny import tiny_tokenizer
-from dllm_jepa.training import SavedCheckpoint, check_trained
+from dllm_jepa.training import SavedCheckpoint, check_trained, trained_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -34,21 +48,23 @@ def export_checkpoint(
     part: str = "online",
     dtype: str | None = None,
     like: Path | None = None,
+    merged: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the model of a checkpoint in its published layout.
+    """Write the model of a checkpoint in its published layout, or its adapter in that of PEFT.
 
     Args:
         path: the checkpoint.
         out: directory to create.
         part: "online", the trained weights, or "target", those of the EMA target encoder with the trained head.
-        dtype: "fp32" or "bf16"; None takes what the run would have exported.
+        dtype: "fp32" or "bf16"; None takes what the run would have exported. Adapters stay as they are.
         like: published directory to copy config.json and tokenizer files from; None takes the one that the run started
-            from.
+            from. For adapters it is their base.
+        merged: of a run with adapters, write its base with the adapter merged into it.
         shard_bytes: largest size of a weight file in bytes.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged, has no such part, or `out` exists.
+        CheckpointError: if the checkpoint is damaged, has no such part, stands on another base, or `out` exists.
     """
     if out.exists():
         raise CheckpointError(f"{out} already exists; nothing is overwritten: choose another directory or remove it")
@@ -65,17 +81,31 @@ def export_checkpoint(
     check_trained(checkpoint, "model", model)
     if part == "target" and not any(name.startswith("target.") for name in checkpoint.tensors):
         raise CheckpointError(f"{path} has no target encoder: its run had jepa_weight: 0. Export the online model")
+    if merged and model.lora is None:
+        raise CheckpointError(f"{path} is of full fine-tuning: there is no adapter to merge; leave out --merged")
     stored = DTYPES[dtype or config.export_dtype or config.compute_dtype]
-    save_hf(
-        model,
-        out,
-        base,
-        weights=_weights(checkpoint, model, part, stored),
-        dtype=stored,
-        tokenizer=_tokenizer(config) if base is None else None,
-        card=model_card(part, state, checkpoint.config.read_text(encoding="utf-8")),
-        shard_bytes=shard_bytes,
-    )
+    tokenizer = _tokenizer(config) if base is None or model.lora is not None else None
+    card = model_card(part, state, checkpoint.config.read_text(encoding="utf-8"))
+    if model.lora is None:
+        weights = _weights(checkpoint, model, part, stored)
+        save_hf(model, out, base, stored, weights=weights, tokenizer=tokenizer, card=card, shard_bytes=shard_bytes)
+        return
+    source = _base(model, state, base)
+    adapters = _adapters(checkpoint, model, part)
+    if merged:
+        save_merged(
+            model,
+            out,
+            source.read,
+            adapters,
+            like=base,
+            dtype=stored,
+            tokenizer=tokenizer,
+            card=card,
+            shard_bytes=shard_bytes,
+        )
+    else:
+        save_adapter(model, out, adapters, base=base, tokenizer=tokenizer, card=card)
 
 
 def _build(saved: dict[str, Any]) -> MaskedDiffusionLM:
@@ -85,7 +115,30 @@ def _build(saved: dict[str, Any]) -> MaskedDiffusionLM:
             "your own is exported by its recipe: resume=CHECKPOINT with as many max_steps as the checkpoint has"
         )
     with torch.device("meta"):
-        return FAMILIES[saved["family"]].build(TransformerSizes(**saved["sizes"]))
+        model = FAMILIES[saved["family"]].build(TransformerSizes(**saved["sizes"]))
+        if saved.get("lora") is None:
+            return model
+        attn_modules = tuple(saved["lora"]["attn_modules"])
+        return add_lora(model, LoRASettings(**{**saved["lora"], "attn_modules": attn_modules}))
+
+
+def _base(model: MaskedDiffusionLM, state: dict[str, Any], base: Path | None) -> HFCheckpoint | InitialWeights:
+    """What the adapters stand on."""
+    if base is None:
+        return InitialWeights(model, seed=state["seed"], num_layers=model.sizes.num_layers)
+    origin = HFCheckpoint(base)
+    origin.check(model)
+    if origin.fingerprint() != state["base_weights"]:
+        raise CheckpointError(
+            f"the adapters were trained on other weights than those of {base}; give the directory of their base, which "
+            f"was {state['base']}, by --like"
+        )
+    return origin
+
+
+def _adapters(checkpoint: SavedCheckpoint, model: MaskedDiffusionLM, part: str) -> dict[str, Tensor]:
+    prefix = "target." if part == "target" else "trained.model."
+    return {name: checkpoint.read(f"{prefix}{name}", torch.float32) for name in trained_tensors(model)}
 
 
 def _weights(

@@ -90,7 +90,6 @@ class DLLMJEPALoRARecipe:
         self.batches, steps_per_epoch, data = self.setup_batches()
         self.num_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
         self.run.check_steps(self.num_steps)
-        assert self.model.lora is not None
         model = {"family": self.model.family, "sizes": asdict(self.model.sizes), "lora": asdict(self.model.lora)}
         base = {"base": cfg.checkpoint_dir, "base_weights": None if self.origin is None else self.origin.fingerprint()}
         self.facts = training.run_facts(self.ranks, seed=cfg.seed, model=model, data=data, **base)
@@ -353,22 +352,20 @@ class DLLMJEPALoRARecipe:
 
     def export(self) -> None:
         """Write the adapters that the config asks for, and the models that they make of their base."""
-        cfg = self.cfg
-        params = self.model.state_dict(keep_vars=True)
-        parts = {"online": {name: param for name, param in params.items() if param.requires_grad}}
+        cfg, base = self.cfg, self.cfg.checkpoint_dir
+        parts = {"online": training.trained_tensors(self.model)}
         if self.target_encoder is not None:
             parts["target"] = self.target_encoder.tensors()
         state = self.facts | {"step": self.num_steps, "metrics": self.run.metrics.last_row}
-        files = {"tokenizer": self.tokenizer}
         missing = self.run.missing(exports(cfg))  # what exists is from before an interruption between two
         for part in EXPORTS[cfg.export]:
             adapters = dict(training.full_tensors(parts[part]))  # gathering takes part on every rank
             if not self.ranks.is_rank_zero:
                 continue
-            files["card"] = model_card(part, state, self.config_yaml)
+            files = {"tokenizer": self.tokenizer, "card": model_card(part, state, self.config_yaml)}
             if ADAPTERS[part] in missing:
                 path = self.run.exports[ADAPTERS[part]]
-                save_adapter(self.model, path, adapters, base=cfg.checkpoint_dir, **files)
+                save_adapter(self.model, path, adapters, base=base, **files)
                 self.log.say(f"wrote {path}")
             if part in missing:
                 path, dtype = self.run.exports[part], DTYPES[cfg.export_dtype or cfg.compute_dtype]

@@ -58,7 +58,7 @@ class _LikeCUDA(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return True
-        if func is F.rms_norm and len(args) == 2 and "weight" not in kwargs:
+        if func is F.rms_norm and kwargs.get("weight") is None:
             return _FusedRMSNorm.apply(args[0])  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
@@ -164,7 +164,7 @@ def _run(
             tokens, attention_mask=batch.mask, input_pos=tokens, logits_at=batch.masked if with_logits else None
         )
     counts = GlobalCounts(size, max(len(batch.masked), 1), tokens.numel(), tokens.numel())
-    loss = hidden.sum() * 0
+    losses = []
     if logits is not None:
         token_loss = masked_token_loss(logits, batch.masked)
         per_sequence = torch.ones(size, dtype=torch.int64)
@@ -176,13 +176,13 @@ def _run(
             num_masked=per_sequence,
             num_maskable=per_sequence,
         )
-        loss = (weights * token_loss).sum()
+        losses.append((weights * token_loss).sum())
     if predictor is not None:
         pooled = pool(hidden, tokens, size, layer_norm=norm)
         with autocast():
             pred = predictor(pooled.to(hidden.dtype))
-        loss = loss + cfg.jepa_weight * jepa_loss(embedded, pred, counts)
-    loss.backward()
+        losses.append(cfg.jepa_weight * jepa_loss(embedded, pred, counts))
+    (torch.stack(losses).sum() if losses else hidden.sum()).backward()
 
 
 def _put_fakes(module: nn.Module, trained: torch.dtype, frozen: torch.dtype) -> None:

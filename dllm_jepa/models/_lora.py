@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torchao.dtypes.nf4tensor import to_nf4
+from torchao.dtypes.nf4tensor import linear_nf4, to_nf4
 from torchtune.modules.low_precision import FrozenNF4Linear
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
@@ -112,8 +113,32 @@ def adapted_modules(model: MaskedDiffusionLM) -> Iterator[str]:
         yield from (f"backbone.layers.{number}.{name}" for name in model.lora.module_names())
 
 
+class _DoRALinear(DoRALinear):
+    """DoRA that leaves a bias alone, as PEFT and a merged weight do; torchtune scales it like the rows of the weight.
+
+    Source: https://github.com/huggingface/peft (`DoraLinearLayer`).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product with the merged weight, and the bias; shape [..., I] to [..., O]."""
+        bias = self.bias
+        if not isinstance(bias, nn.Parameter):
+            product: Tensor = super().forward(x)
+            return product
+        weight = self.get_parameter("weight")
+        out: Tensor = linear_nf4(input=x, weight=weight) + bias if self._quantize_base else F.linear(x, weight, bias)
+        x = self.dropout(x)
+        with torch.no_grad():
+            eye = torch.eye(self.in_dim, device=x.device, dtype=x.dtype)
+            merged = weight.to(x.dtype) + self.scaling * self.lora_b(self.lora_a(eye)).T
+            norms = torch.linalg.norm(merged, dim=1).to(merged.dtype)
+        scale = self.magnitude / norms
+        scaled: Tensor = out + (scale - 1) * (out - bias) + scale * self.lora_b(self.lora_a(x)) * self.scaling
+        return scaled
+
+
 def _adapted(linear: nn.Linear, settings: LoRASettings) -> nn.Module:
-    build = DoRALinear if settings.use_dora else LoRALinear
+    build = _DoRALinear if settings.use_dora else LoRALinear
     with linear.weight.device:
         adapted: nn.Module = build(
             linear.in_features,
@@ -125,7 +150,7 @@ def _adapted(linear: nn.Linear, settings: LoRASettings) -> nn.Module:
             quantize_base=settings.quantize_base,
         )
     if not settings.quantize_base:
-        adapted.register_parameter("weight", linear.weight)
+        adapted.register_parameter("weight", linear.get_parameter("weight"))
     if isinstance(linear.bias, nn.Parameter):
         adapted.register_parameter("bias", linear.bias)
     for name, param in adapted.named_parameters():

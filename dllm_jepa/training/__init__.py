@@ -15,6 +15,7 @@ from dllm_jepa.training.checkpoint import (
     TrainingState,
     check_trained,
     list_checkpoints,
+    trained_tensors,
 )
 
 __all__ = [
@@ -39,4 +40,5 @@ __all__ = [
     "materialize",
     "run_facts",
     "shard",
+    "trained_tensors",
 ]

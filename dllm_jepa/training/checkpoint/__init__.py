@@ -7,6 +7,7 @@ from dllm_jepa.training.checkpoint._directory import (
     step_of,
 )
 from dllm_jepa.training.checkpoint._manifest import NewerFormatError
+from dllm_jepa.training.checkpoint._optimizer import trained_tensors
 from dllm_jepa.training.checkpoint._reader import SavedCheckpoint
 from dllm_jepa.training.checkpoint._start import Start, find_start
 from dllm_jepa.training.checkpoint._state import TrainingState, check_trained
@@ -24,4 +25,5 @@ __all__ = [
     "move_aside",
     "remove_unfinished",
     "step_of",
+    "trained_tensors",
 ]
