@@ -84,28 +84,19 @@ def export_checkpoint(
     if merged and model.lora is None:
         raise CheckpointError(f"{path} is of full fine-tuning: there is no adapter to merge; leave out --merged")
     stored = DTYPES[dtype or config.export_dtype or config.compute_dtype]
-    tokenizer = _tokenizer(config) if base is None or model.lora is not None else None
-    card = model_card(part, state, checkpoint.config.read_text(encoding="utf-8"))
+    files: dict[str, Any] = {
+        "tokenizer": _tokenizer(config) if base is None or model.lora is not None else None,
+        "card": model_card(part, state, checkpoint.config.read_text(encoding="utf-8")),
+    }
     if model.lora is None:
         weights = _weights(checkpoint, model, part, stored)
-        save_hf(model, out, base, stored, weights=weights, tokenizer=tokenizer, card=card, shard_bytes=shard_bytes)
+        save_hf(model, out, base, stored, weights=weights, shard_bytes=shard_bytes, **files)
         return
-    source = _base(model, state, base)
-    adapters = _adapters(checkpoint, model, part)
+    read, adapters = _base(model, state, base).read, _adapters(checkpoint, model, part)
     if merged:
-        save_merged(
-            model,
-            out,
-            source.read,
-            adapters,
-            like=base,
-            dtype=stored,
-            tokenizer=tokenizer,
-            card=card,
-            shard_bytes=shard_bytes,
-        )
+        save_merged(model, out, read, adapters, like=base, dtype=stored, shard_bytes=shard_bytes, **files)
     else:
-        save_adapter(model, out, adapters, base=base, tokenizer=tokenizer, card=card)
+        save_adapter(model, out, adapters, base=base, **files)
 
 
 def _build(saved: dict[str, Any]) -> MaskedDiffusionLM:

@@ -36,6 +36,9 @@ SMALL = [
     "export=null",
 ]
 
+# The same for adapters: of rank 4, so that they are smaller than any weight of the base.
+SMALL_LORA = ["--config", "tiny_lora", *SMALL[2:], "model.lora_rank=4", "model.lora_alpha=8.0"]
+
 
 def run_here(
     output_dir: Path, *overrides: str, recipe: str = "dllm_jepa_full", base: list[str] = SMALL

@@ -3,6 +3,7 @@
 `python -m tests.test_docs` prints the two generated tables of docs/configs.md.
 """
 
+import functools
 import importlib
 import inspect
 import json
@@ -21,7 +22,9 @@ from omegaconf import OmegaConf
 
 from dllm_jepa import cli
 from dllm_jepa.config import (
+    LORA,
     REQUIRED,
+    SCHEMAS,
     TRAINING,
     Component,
     Key,
@@ -30,13 +33,12 @@ from dllm_jepa.config import (
     find_recipes,
     load_config,
     problems,
+    schema_of,
 )
 from dllm_jepa.data import SequenceDataset
-from dllm_jepa.jepa import EMATargetEncoder, Predictor, ViewSampler, transformer_predictor
+from dllm_jepa.jepa import EMAAdapterTargetEncoder, EMATargetEncoder, Predictor, ViewSampler
 from dllm_jepa.models import MaskedDiffusionLM
 from dllm_jepa.models._families import FAMILIES
-from dllm_jepa.models.dream import dream_7b
-from dllm_jepa.models.llada import llada_8b
 from tests.launching import SMALL, run_here
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -155,8 +157,10 @@ def runs(page: Path) -> Iterator[tuple[str, list[str]]]:
     for words in commands(page):
         if words[:2] == ["dllm-jepa", "cp"]:
             copies[words[3]] = words[2]
-        elif words[:2] == ["dllm-jepa", "validate"]:
-            yield "dllm_jepa_full", ["--config", *words[2:]]
+        elif words[:2] in (["dllm-jepa", "validate"], ["dllm-jepa", "memory"]):
+            arguments = [word for word in words[2:] if word != "--config"]
+            at = arguments.index("--gpus") if "--gpus" in arguments else len(arguments)
+            yield "", ["--config", *arguments[:at], *arguments[at + 2 :]]
         elif words[1:2] == ["run"]:
             at = words.index("--config")
             recipe, config = (copies.get(word, word) for word in (words[at - 1], words[at + 1]))
@@ -168,8 +172,9 @@ def test_every_command_line_is_valid(page: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     not_here = re.compile(r"(checkpoint_dir|resume|output_dir): .*(is not a directory|nor an existing path|\?\?\?)")
     for recipe, arguments in runs(page):
-        assert recipe in find_recipes()
-        assert [line for line in problems(load_config(arguments)) if not not_here.match(line)] == [], arguments
+        config = find_configs()[arguments[1]]
+        schema = SCHEMAS[recipe] if recipe else schema_of(config.read_text("utf-8"))
+        assert [line for line in problems(load_config(arguments), schema) if not not_here.match(line)] == [], arguments
 
 
 def test_there_are_commands_and_examples() -> None:
@@ -216,42 +221,44 @@ def test_the_table_of_configs_is_complete() -> None:
     assert sorted(row[0].strip("`") for row in rows) == list(find_configs())
 
 
-def gib_per_gpu(model: MaskedDiffusionLM, num_gpus: int) -> float:
-    """fp32 weights, gradients and two AdamW moments of model and predictor, and the fp32 average of the backbone."""
-    predictor = transformer_predictor(model.sizes.embed_dim, model.sizes.mlp_dim)
-    trained, average = (
-        sum(param.numel() for module in modules for param in module.parameters())
-        for modules in ((model, predictor), (model.backbone,))
-    )
-    return (16 * trained + 4 * average) / num_gpus / 2**30
-
-
-def test_the_computed_memory_is_that_of_the_models() -> None:
-    rows = {row[0].strip("`"): row for row in table_rows((REPOSITORY / "README.md").read_text("utf-8"), "Memory")}
-    for builder in (llada_8b, dream_7b):
-        with torch.device("meta"):
-            wanted = [f"{gib_per_gpu(builder(), num_gpus):.1f} GiB" for num_gpus in (4, 8, 16)]
-        assert rows[builder.__name__][1:4] == wanted
+def test_the_computed_memory_is_that_of_the_benchmark() -> None:
+    committed = sorted((REPOSITORY / "benchmarks" / "results").glob("memory_computed_*.md"))[-1].read_text("utf-8")
+    rows = table_rows((REPOSITORY / "README.md").read_text("utf-8"), "Memory")
+    assert len(rows) >= 8
+    assert [row for row in rows if f"| {' | '.join(row)} |" not in committed] == []
 
 
 # Reference tables
 
 
-def key_rows(keys: tuple[Key, ...] = TRAINING.keys, prefix: str = "") -> Iterator[str]:
-    """A line for every key of the schema."""
-    for key in keys:
-        if isinstance(key.kind, Section):
-            yield from key_rows(key.kind.keys, f"{key.name}.")
-            continue
+def declared_keys() -> Iterator[tuple[Key, str]]:
+    """Every key of every recipe, with the recipe that has it."""
+    for key in TRAINING.keys:
+        yield key, "both" if key in LORA.keys else "full"
+    yield from ((key, "LoRA") for key in LORA.keys if key not in TRAINING.keys)
+
+
+def key_rows() -> Iterator[str]:
+    """A line for every key of the schemas."""
+    for key, recipe in declared_keys():
+        yield from rows_of(key, recipe)
+
+
+def rows_of(key: Key, recipe: str, prefix: str = "") -> Iterator[str]:
+    """The line of a key, or those of a section."""
+    if isinstance(key.kind, Section):
+        for part in key.kind.keys:
+            yield from rows_of(part, recipe, f"{key.name}.")
+    else:
         kind = "a component" + " or null" * key.nullable if isinstance(key.kind, Component) else key.describe()
         default = "must be given" if key.default is REQUIRED else f"`{json.dumps(key.default)}`"
-        yield f"| `{prefix}{key.name}` | {kind} | {default} | {key.doc} |"
+        yield f"| `{prefix}{key.name}` | {recipe} | {kind} | {default} | {key.doc} |"
 
 
 PRODUCTS = {
     "view_sampler": ViewSampler,
     "predictor": Predictor,
-    "target_encoder": EMATargetEncoder,
+    "target_encoder": (EMATargetEncoder, EMAAdapterTargetEncoder),
     "dataset": SequenceDataset,
     "lr_scheduler": torch.optim.lr_scheduler.LRScheduler,
     "model": MaskedDiffusionLM,
@@ -259,12 +266,17 @@ PRODUCTS = {
 BUILDER_MODULES = ("jepa", "data", "training", "models.llada", "models.dream", "models.tiny")
 
 
+def function_of(builder: typing.Any) -> typing.Any:
+    """The function behind a builder that only has other defaults."""
+    return builder.func if isinstance(builder, functools.partial) else builder
+
+
 def builders() -> Iterator[tuple[Key, str]]:
     """Every builder of the package with the key that it is for, told by what it returns."""
     for key in TRAINING.keys:
         for module in (importlib.import_module(f"dllm_jepa.{name}") for name in BUILDER_MODULES):
             for name in module.__all__:
-                builder = getattr(module, name)
+                builder = function_of(getattr(module, name))
                 product = typing.get_type_hints(builder).get("return") if inspect.isfunction(builder) else None
                 is_tokenizer = inspect.isclass(product) and name.endswith("_tokenizer")
                 wanted = PRODUCTS.get(key.name, ())
@@ -288,7 +300,7 @@ def builder_rows() -> Iterator[str]:
         parameters = list(inspect.signature(builder).parameters.values())[len(key.kind.positional) :]
         own = [parameter for parameter in parameters if parameter.name not in key.kind.keywords]
         arguments = ", ".join(argument_text(parameter) for parameter in own)
-        doc = (inspect.getdoc(builder) or "").split("\n\n")[0].replace("\n", " ")
+        doc = (inspect.getdoc(function_of(builder)) or "").split("\n\n")[0].replace("\n", " ")
         yield f"| `{key.name}` | `{path}` | {arguments or '-'} | {doc} |"
 
 
@@ -309,8 +321,11 @@ def test_the_table_of_passed_arguments_is_that_of_the_schema() -> None:
     documented = {
         row[0].strip("`"): {name for cell in row[1:] for name in re.findall(r"`(\w+)`", cell)} for row in rows
     }
-    components = {key.name: key.kind for key in TRAINING.keys if isinstance(key.kind, Component)}
-    passed = {name: {*kind.positional, *kind.keywords, *kind.optional} for name, kind in components.items()}
+    passed: dict[str, set[str]] = {}
+    for key, _ in declared_keys():
+        if isinstance(key.kind, Component):
+            arguments = {*key.kind.positional, *key.kind.keywords, *key.kind.optional}
+            passed[key.name] = passed.get(key.name, set()) | arguments
     assert documented == {name: arguments for name, arguments in passed.items() if arguments}
 
 

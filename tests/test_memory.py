@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchao.dtypes.nf4tensor import to_nf4
@@ -18,7 +19,8 @@ from dllm_jepa.config import load_config, with_defaults
 from dllm_jepa.jepa import GlobalCounts, jepa_loss, masked_token_loss, masked_token_weights, pool
 from dllm_jepa.memory import LiveStorages, MemoryTable, step_memory
 from dllm_jepa.memory._live_storages import stored_bytes
-from dllm_jepa.memory._micro_batch import micro_batch_peak
+from dllm_jepa.memory._micro_batch import _LikeCUDA, _update, micro_batch_peak
+from dllm_jepa.memory._optimizer import optimizer_state_bytes
 from dllm_jepa.models import MaskedDiffusionLM, _attention
 from dllm_jepa.packing import PackedSequences
 
@@ -228,6 +230,13 @@ def test_a_gpu_takes_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     assert 0 < micro_batch_peak(cfg, 1, with_logits=False) < on_cpu
 
 
+def test_a_norm_of_a_gpu_keeps_its_input_and_a_number_a_row() -> None:
+    x = torch.zeros(100, 64, requires_grad=True)
+    with LiveStorages() as storages, _LikeCUDA():
+        out = F.rms_norm(x, (64,), eps=1e-5)
+        assert storages.peak == storages.live == total_bytes([out]) + 100 * 4
+
+
 def test_padded_rows_are_simulated_too() -> None:
     assert step_memory(config("packed=false")).activations > 0
 
@@ -253,14 +262,41 @@ def test_logits_are_those_of_the_highest_ratio() -> None:
 
 
 def test_the_optimizer_in_the_backward_pass_keeps_one_gradient() -> None:
-    kept, fused = (step_memory(config(f"optimizer_in_bwd={on}", "clip_grad_norm=null")) for on in (False, True))
+    both = [config(f"optimizer_in_bwd={on}", "clip_grad_norm=null") for on in (False, True)]
+    kept, fused = map(step_memory, both)
     assert fused.gradients == 4 * 512 * 128  # embedding or head
     assert fused.predictor == pytest.approx(kept.predictor * 3 / 4, rel=0.001)
     assert fused.optimizer_step == 0
     assert fused.total < kept.total
+    assert fused.activations + fused.logits < kept.activations + kept.logits + fused.gradients
+    assert fused.gradients + fused.activations + fused.logits == micro_batch_peak(both[1], 1, with_logits=True)
+
+
+def test_an_update_in_the_backward_pass_has_temporaries_and_drops_the_gradient() -> None:
+    param = nn.Parameter(torch.zeros(1000))
+    param.grad = torch.zeros_like(param)
+    with LiveStorages() as storages:
+        _update(8.0, param)
+    assert param.grad is None
+    assert storages.peak == 8000
+
+
+def test_the_target_branch_of_adapters_keeps_no_graph() -> None:
+    lora = LORA % f"quantize_base: false, {SIZES}"
+    with_target, without = (
+        micro_batch_peak(config(lora, f"jepa_weight={weight}", "tokens_per_device=1024"), 1, with_logits=False)
+        for weight in (1, 0)
+    )
+    assert with_target < 1.2 * without
 
 
 # The optimizer's step
+
+
+def test_a_large_parameter_that_blocks_do_not_divide_is_not_quantized() -> None:
+    whole, odd = (optimizer_state_bytes(config(*ADAMW_8BIT), [size]) for size in (131_072, 131_073))
+    assert odd == pytest.approx(8 * 131_073, rel=0.001)
+    assert whole < 2.2 * 131_072
 
 
 def test_steps_over_all_parameters_have_temporaries_of_all() -> None:

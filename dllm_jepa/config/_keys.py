@@ -184,6 +184,7 @@ OPTIMIZER_IN_BWD = (
         Flag(),
         "step each parameter in the backward pass and free its gradient; one process, one micro-batch a step",
         default=False,
+        may_change=True,
     ),
 )
 

@@ -48,7 +48,7 @@ class LoRASettings:
             )
         if self.rank < 1:
             raise ValueError(f"lora_rank must be at least 1, got {self.rank}")
-        if self.alpha <= 0:
+        if not self.alpha > 0:  # nor nan
             raise ValueError(f"lora_alpha must be above 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.dropout}")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from dllm_jepa.config import TRAINING, check_resume, load_config, with_defaults
+from dllm_jepa.config import LORA, TRAINING, check_resume, load_config, with_defaults
 from dllm_jepa.errors import ConfigError
 
 START = ["--config", "tiny"]
@@ -107,8 +107,10 @@ def test_keys_that_an_older_version_did_not_have_count_with_their_defaults(tmp_p
 
 def test_a_key_may_change_only_if_the_schema_says_so() -> None:
     """Every new key decides about the run until somebody has thought about it."""
-    assert {key.name for key in TRAINING.keys if key.may_change} == {
+    shared = {
         "output_dir", "device", "checkpoint_dir", "monitor_every", "tokens_per_device", "packed", "compile",
         "enable_activation_checkpointing", "data_parallel_replicate_dim", "checkpoint", "resume", "resume_override",
         "export", "export_dtype", "metric_logger", "log_every_n_steps",
     }  # fmt: skip
+    assert {key.name for key in TRAINING.keys if key.may_change} == shared | {"optimizer_in_bwd"}
+    assert {key.name for key in LORA.keys if key.may_change} == shared | {"export_merged"}
