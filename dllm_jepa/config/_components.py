@@ -74,6 +74,8 @@ def component_problems(key: str, node: Mapping[str, Any], kind: Component) -> li
         kind: Its declaration.
     """
     path = node["_component_"]
+    if kind.refusal is not None and (refused := kind.refusal(node)):
+        return refused
     try:
         builder = locate(path)
     except LookupError as error:

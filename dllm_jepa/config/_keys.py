@@ -4,6 +4,7 @@ In groups, from which the schemas of the recipes are put together.
 """
 
 from dllm_jepa.config import _lora_rules as lora_rules
+from dllm_jepa.config import _optimizer_rules as optimizer_rules
 from dllm_jepa.config._kinds import ArgumentRange, Choice, Component, Flag, Key, Number, Section, Text
 
 _COUNT = Number(integer=True, low=1)
@@ -154,7 +155,11 @@ LOSS = (
 )
 
 OPTIMIZER = (
-    Key("optimizer", Component(positional=("params",), trial="optimizer"), "builder of the optimizer"),
+    Key(
+        "optimizer",
+        Component(positional=("params",), trial="optimizer", refusal=optimizer_rules.no_offloaded_optimizer),
+        "builder of the optimizer",
+    ),
     Key(
         "clip_grad_norm",
         Number(low=0, low_open=True),
@@ -200,7 +205,10 @@ DTYPE = (Key("dtype", _FLOATS, "stored weights", default="fp32"),)
 LORA_DTYPE = (
     Key(
         "dtype",
-        Choice(("fp32",), refused={"bf16": "adapters and predictor are small, and small steps are lost in bf16"}),
+        Choice(
+            ("fp32",),
+            refused={"bf16": "adapters and predictor are small, and small steps are lost in bf16; set dtype: fp32"},
+        ),
         "stored weights of adapters and predictor; the frozen base is stored in compute_dtype",
         default="fp32",
     ),

@@ -132,6 +132,7 @@ class Component:
         trial: How to build it during validation so that its own complaints (ValueError) are listed; None = not at all.
             `alone`: from its arguments; `meta`: the same, with parameters on the meta device; `optimizer`: over a
             stand-in parameter; `lr_scheduler`: over the config's own optimizer with a stand-in parameter.
+        refusal: Problem lines of a mapping that is not to be built at all.
         check: What is wrong with the thing that the trial built, or None.
         paths: Arguments that only say where something is. A resumed run may have others; what it finds there is
             compared by its contents.
@@ -142,6 +143,7 @@ class Component:
     optional: tuple[str, ...] = ()
     ranges: tuple[ArgumentRange, ...] = ()
     trial: Literal["alone", "meta", "optimizer", "lr_scheduler"] | None = None
+    refusal: Callable[[Mapping[str, Any]], list[str]] | None = None
     check: Callable[[Any], str | None] | None = None
     paths: tuple[str, ...] = ()
 

@@ -50,7 +50,6 @@ _RULES = (
     rules.output_dir_is_no_file,
     rules.resume_exists,
     rules.exported_target_exists,
-    optimizer_rules.no_offloaded_optimizer,
     optimizer_rules.stochastic_round_needs_bf16,
 )
 

@@ -12,7 +12,7 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 from dllm_jepa.config._components import UNSET, component_problems
 from dllm_jepa.config._kinds import REQUIRED, Choice, Component, Key, Section
 from dllm_jepa.config._rules import Launch
-from dllm_jepa.config._schema import TRAINING, Rule, Schema
+from dllm_jepa.config._schema import SCHEMAS, TRAINING, Rule, Schema
 from dllm_jepa.config._trial import trial_problems
 from dllm_jepa.config._wording import shown, suggestion
 from dllm_jepa.errors import ConfigError
@@ -127,8 +127,7 @@ def _key_problems(values: dict[str, Any], keys: tuple[Key, ...], prefix: str, ba
     names = [key.name for key in keys]
     for name in values:
         if name not in names:
-            hint = suggestion(name, names) or f" The keys are: {', '.join(names)}"
-            lines.append(f"{prefix}{name}: unknown key (value {shown(values[name])}).{hint}")
+            lines.append(_unknown_key(name, prefix, values[name], names))
     for key in keys:
         dotted = prefix + key.name
         if key.name not in values:
@@ -143,6 +142,14 @@ def _key_problems(values: dict[str, Any], keys: tuple[Key, ...], prefix: str, ba
             continue
         bad.add(dotted.split(".")[0])
     return lines
+
+
+def _unknown_key(name: str, prefix: str, value: object, names: list[str]) -> str:
+    others = [] if prefix else [recipe for recipe, schema in SCHEMAS.items() if name in {k.name for k in schema.keys}]
+    if others:
+        return f"{name}: a key of the recipe {', '.join(others)}, not of this one; remove it, or start that recipe"
+    hint = suggestion(name, names) or f" The keys are: {', '.join(names)}"
+    return f"{prefix}{name}: unknown key (value {shown(value)}).{hint}"
 
 
 def _wrong_value(dotted: str, key: Key, value: object) -> str:

@@ -114,27 +114,28 @@ def adapted_modules(model: MaskedDiffusionLM) -> Iterator[str]:
 
 
 class _DoRALinear(DoRALinear):
-    """DoRA that leaves a bias alone, as PEFT and a merged weight do; torchtune scales it like the rows of the weight.
+    """DoRA that computes what its merged weight does, as PEFT's: torchtune's scales a bias like the rows of the weight.
+
+    The result has the type of the base's product: fp32 magnitudes would make it fp32 under autocast, and keep it from
+    the half-precision attention kernels.
 
     Source: https://github.com/huggingface/peft (`DoraLinearLayer`).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """The product with the merged weight, and the bias; shape [..., I] to [..., O]."""
-        bias = self.bias
-        if not isinstance(bias, nn.Parameter):
-            product: Tensor = super().forward(x)
-            return product
         weight = self.get_parameter("weight")
-        out: Tensor = linear_nf4(input=x, weight=weight) + bias if self._quantize_base else F.linear(x, weight, bias)
+        product: Tensor = linear_nf4(input=x, weight=weight) if self._quantize_base else F.linear(x, weight)
         x = self.dropout(x)
         with torch.no_grad():
+            # lora_a and lora_b are called, not multiplied: autocast and FSDP know calls.
             eye = torch.eye(self.in_dim, device=x.device, dtype=x.dtype)
             merged = weight.to(x.dtype) + self.scaling * self.lora_b(self.lora_a(eye)).T
             norms = torch.linalg.norm(merged, dim=1).to(merged.dtype)
         scale = self.magnitude / norms
-        scaled: Tensor = out + (scale - 1) * (out - bias) + scale * self.lora_b(self.lora_a(x)) * self.scaling
-        return scaled
+        out = (product + (scale - 1) * product + scale * self.lora_b(self.lora_a(x)) * self.scaling).to(product.dtype)
+        biased: Tensor = out if self.bias is None else out + self.bias
+        return biased
 
 
 def _adapted(linear: nn.Linear, settings: LoRASettings) -> nn.Module:

@@ -24,14 +24,19 @@ def model_card(part: str, state: Mapping[str, Any], config_yaml: str) -> str:
     metrics: Mapping[str, Any] = state["metrics"]
     losses = "\n".join(f"| `{name}` | {metrics[name]:.6g} |" for name in _SHOWN if name in metrics)
     versions = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
-    origin = "trained from scratch" if base is None else f"fine-tuned from `{base}`"
+    lora, about = state["model"].get("lora"), _PARTS[part]
+    if lora is not None:
+        about += _about_adapters(lora)
+        origin = f"LoRA on {'random weights' if base is None else f'`{base}`'}"
+    else:
+        origin = "trained from scratch" if base is None else f"fine-tuned from `{base}`"
     base_model = [] if base is None else [f"base_model: {json.dumps(base)}"]
     front = "\n".join(["---", *base_model, "library_name: dllm-jepa", f"tags: [masked-diffusion, {family}]", "---"])
     return f"""{front}
 
 # A {family} model, {origin}
 
-{_PARTS[part]} Made by [DLLM-JEPA](https://arxiv.org/abs/2606.00091) fine-tuning, {step:,} optimizer steps.
+{about} Made by [DLLM-JEPA](https://arxiv.org/abs/2606.00091) fine-tuning, {step:,} optimizer steps.
 
 - **Data**: {data["source"]}, {data["sequences"]:,} sequences (sha256 of their tokens: `{data["sha256"]}`)
 - **Seed**: {state["seed"]}
@@ -49,3 +54,12 @@ Last step of training, on its global batch:
 {config_yaml.strip()}
 ```
 """
+
+
+def _about_adapters(lora: Mapping[str, Any]) -> str:
+    kind = f"{'Q' * lora['quantize_base']}{'DoRA' if lora['use_dora'] else 'LoRA'}"
+    return (
+        f" {kind} of rank {lora['rank']}: with `adapter_config.json` beside this page it is the adapter alone, for "
+        "`peft.PeftModel.from_pretrained` on its base or `dllm_jepa.models.load_adapter`; without, the base with the "
+        "adapter merged into it."
+    )

@@ -114,7 +114,10 @@ def load_adapter(
     config = read_json_object(path / CONFIG_NAME)
     base = base or config.get("base_model_name_or_path")
     if not base:
-        raise CheckpointError(f"{path / CONFIG_NAME} names no base; give the directory of the model it was trained on")
+        raise CheckpointError(
+            f"{path / CONFIG_NAME} names no base: it was trained on random weights, which were not stored. Export the "
+            "merged model instead: export_merged=true, or dllm-jepa export --merged"
+        )
     origin = HFCheckpoint(base)
     model = origin.build()
     origin.check(model)

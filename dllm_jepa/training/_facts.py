@@ -42,8 +42,9 @@ def compare_facts(saved: Mapping[str, Any], present: Mapping[str, Any], *, overr
     """
     if saved.get("base_weights") != present.get("base_weights"):
         raise CheckpointError(
-            f"the adapters of the checkpoint were trained on other weights than those of {present['base']}: give the "
-            f"checkpoint_dir of its base, which was {saved['base']}"
+            "the adapters of the checkpoint were trained on other weights than those of "
+            f"{present['base'] or 'this run'}: give the checkpoint_dir of its base, which was "
+            f"{saved['base'] or 'null (random weights)'}"
         )
     lines = [
         f"{name}: {saved['versions'].get(name)} -> {version}"

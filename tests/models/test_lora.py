@@ -267,6 +267,20 @@ def test_merging_touches_neither_the_base_nor_the_adapters(family: str, use_dora
 @families
 @kinds
 @torch.no_grad()
+def test_every_adapter_drops_inputs_in_training_only(family: str, use_dora: bool) -> None:
+    model = adapted_model(family, plain_model(family), use_dora=use_dora, lora_dropout=0.5)
+    randomize(model)
+    for name in adapted_modules(model):
+        linear = model.get_submodule(name)
+        inputs = torch.randn(5, linear.get_parameter("weight").size(1), generator=torch.Generator().manual_seed(3))
+        in_training = linear.train()(inputs)
+        assert not torch.allclose(in_training, linear(inputs), atol=1e-3)
+        assert torch.equal(linear.eval()(inputs), linear(inputs))
+
+
+@families
+@kinds
+@torch.no_grad()
 def test_a_merged_model_on_disk_computes_the_same(family: str, use_dora: bool, tmp_path: Path) -> None:
     plain = plain_model(family)
     model = adapted_model(family, plain, use_dora=use_dora, lora_dropout=0.5)

@@ -316,7 +316,7 @@ def from_peft(adapter: Path) -> None:
         (lambda d: (d / "adapter_config.json").unlink(), r"adapter is no adapter: it has no adapter_config\.json"),
         (lambda d: shutil.rmtree(d), r"adapter is no adapter: it has no adapter_config\.json"),
         (lambda d: (d / "adapter_config.json").write_text("{"), r"adapter_config\.json is not JSON"),
-        (name_no_base, "names no base; give the directory of the model it was trained on"),
+        (name_no_base, "names no base: it was trained on random weights"),
         (lambda d: (d / WEIGHTS).unlink(), r"adapter_model\.safetensors cannot be read"),
         (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-100]), "safetensors cannot be read"),
         (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:5]), "safetensors cannot be read"),
