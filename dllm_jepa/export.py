@@ -85,7 +85,7 @@ def export_checkpoint(
         raise CheckpointError(f"{path} is of full fine-tuning: there is no adapter to merge; leave out --merged")
     stored = DTYPES[dtype or config.export_dtype or config.compute_dtype]
     files: dict[str, Any] = {
-        "tokenizer": _tokenizer(config) if base is None or model.lora is not None else None,
+        "tokenizer": _tokenizer(config) if base is None else None,
         "card": model_card(part, state, checkpoint.config.read_text(encoding="utf-8")),
     }
     if model.lora is None:

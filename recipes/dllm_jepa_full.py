@@ -192,7 +192,6 @@ class DLLMJEPAFullRecipe:
         self.state = training.TrainingState(self.trained, self.optimizer, self.lr_scheduler, parts=self.parts)
         if self.run.resume_from is not None:
             self.state.load(self.run.resume_from, self.ranks, override=cfg.resume_override)
-
         self.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
         self.run.open(self.config_yaml, changes)
         self.log = training.RunLog(

@@ -91,7 +91,8 @@ class DLLMJEPALoRARecipe:
         self.num_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
         self.run.check_steps(self.num_steps)
         model = {"family": self.model.family, "sizes": asdict(self.model.sizes), "lora": asdict(self.model.lora)}
-        base = {"base": cfg.checkpoint_dir, "base_weights": None if self.origin is None else self.origin.fingerprint()}
+        weights = f"random, seed {cfg.seed}" if self.origin is None else self.origin.fingerprint()
+        base = {"base": cfg.checkpoint_dir, "base_weights": weights}
         self.facts = training.run_facts(self.ranks, seed=cfg.seed, model=model, data=data, **base)
         if self.run.resume_from is not None:
             training.check_trained(self.run.resume_from, "model", self.model)
@@ -194,7 +195,6 @@ class DLLMJEPALoRARecipe:
         self.state = training.TrainingState(self.trained, self.optimizer, self.lr_scheduler, parts=self.parts)
         if self.run.resume_from is not None:
             self.state.load(self.run.resume_from, self.ranks, override=cfg.resume_override)
-
         self.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
         self.run.open(self.config_yaml, changes)
         self.log = training.RunLog(

@@ -39,6 +39,24 @@ def adapters_are_averaged(target_encoder: Mapping[str, Any] | None) -> list[str]
     return _other_average(target_encoder, _WHOLE_MODEL_AVERAGE, _ADAPTER_AVERAGE, "only adapters are trained")
 
 
+def merged_with_an_export(export_merged: bool, export: str | None) -> list[str]:
+    """What is merged is what is exported."""
+    if not export_merged or export is not None:
+        return []
+    return ["export_merged: true, but export is null, so there is nothing to merge; set export: online, target or both"]
+
+
+def dora_magnitudes_in_fp32(model: Mapping[str, Any], compute_dtype: str, launch: Launch) -> list[str]:
+    """FSDP gathers every parameter in the compute type, and small steps of magnitudes are lost in bf16."""
+    if launch.world_size == 1 or compute_dtype == "fp32" or not _argument(model, "use_dora"):
+        return []
+    return [
+        f"model.use_dora: true with compute_dtype: {compute_dtype} on {launch.world_size} processes, where magnitudes "
+        "would be used in bf16, which loses their small steps; set use_dora: false or compute_dtype: fp32, or start "
+        "one process"
+    ]
+
+
 def quantized_dora_in_one_process(model: Mapping[str, Any], launch: Launch) -> list[str]:
     """DoRA needs the whole weight in every forward, which FSDP2 does not give of a quantized one."""
     if launch.world_size == 1 or not (_argument(model, "use_dora") and _argument(model, "quantize_base")):

@@ -110,8 +110,12 @@ LORA = Schema(
     + keys.CHECKPOINT
     + keys.LORA_EXPORT
     + keys.LOGGING,
-    rules=(*_RULES, lora_rules.adapters_are_averaged),
-    launch_rules=(*_LAUNCH_RULES, lora_rules.quantized_dora_in_one_process),
+    rules=(*_RULES, lora_rules.adapters_are_averaged, lora_rules.merged_with_an_export),
+    launch_rules=(
+        *_LAUNCH_RULES,
+        lora_rules.quantized_dora_in_one_process,
+        lora_rules.dora_magnitudes_in_fp32,
+    ),
 )
 
 SCHEMAS = {"dllm_jepa_full": TRAINING, "dllm_jepa_lora": LORA}

@@ -17,8 +17,8 @@ from dllm_jepa.jepa._pooling import pool
 class EMAAdapterTargetEncoder:
     """Exponential moving average of the adapters of the online model, which shares its frozen base.
 
-    The averages are all that it adds to memory, sharded like the adapters. To embed, averages and adapters change
-    places, without arithmetic, so that both come back as they were.
+    The averages are all that it keeps in memory, sharded like the adapters. To embed, averages and adapters change
+    places, without arithmetic, so that both come back as they were; only while they do is there a third copy.
 
     Args:
         model: the online model, filled; called as `model(tokens, attention_mask=..., input_pos=...)`, its first result

@@ -16,6 +16,7 @@ from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM, Transformer
 
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
+_NUM_SAMPLED_ROWS = 16
 
 
 class HFCheckpoint:
@@ -108,7 +109,7 @@ class HFCheckpoint:
         return tensor
 
     def fingerprint(self) -> str:
-        """What tells these weights from others of the same shapes: sha256 of every tensor's first and last row.
+        """What tells these weights from others of the same shapes: sha256 of a few rows of every tensor.
 
         Enough to notice another checkpoint, in which practically every weight differs, without reading all of it.
         """
@@ -117,7 +118,9 @@ class HFCheckpoint:
             weights = self._files[self._file_of[name]].get_slice(name)
             num_rows = weights.get_shape()[0]
             digest.update(f"{name} {weights.get_dtype()} {weights.get_shape()}".encode())
-            for rows in (weights[:1], weights[num_rows - 1 :]):
+            for number in range(_NUM_SAMPLED_ROWS):
+                row = number * (num_rows - 1) // (_NUM_SAMPLED_ROWS - 1)
+                rows = weights[row : row + 1]
                 digest.update(rows.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 

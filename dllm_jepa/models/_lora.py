@@ -102,7 +102,7 @@ class LoRAWeights:
             weight = weight if rows is None else weight[rows]
         else:
             weight = self._base.read(of, rows).to(self._dtype)
-        norms: Tensor = torch.linalg.norm(weight, dim=1)
+        norms: Tensor = torch.linalg.norm(weight.float(), dim=1)  # in fp32, as in the forward and in a merge
         return norms
 
 
@@ -131,7 +131,8 @@ class _DoRALinear(DoRALinear):
             # lora_a and lora_b are called, not multiplied: autocast and FSDP know calls.
             eye = torch.eye(self.in_dim, device=x.device, dtype=x.dtype)
             merged = weight.to(x.dtype) + self.scaling * self.lora_b(self.lora_a(eye)).T
-            norms = torch.linalg.norm(merged, dim=1).to(merged.dtype)
+            # Half-precision norms would be off by up to 0.4 %, and a merge, which has exact ones, another model.
+            norms = torch.linalg.norm(merged.to(torch.promote_types(merged.dtype, torch.float32)), dim=1)
         scale = self.magnitude / norms
         out = (product + (scale - 1) * product + scale * self.lora_b(self.lora_a(x)) * self.scaling).to(product.dtype)
         biased: Tensor = out if self.bias is None else out + self.bias
@@ -156,6 +157,8 @@ def _adapted(linear: nn.Linear, settings: LoRASettings) -> nn.Module:
         adapted.register_parameter("bias", linear.bias)
     for name, param in adapted.named_parameters():
         param.requires_grad_(is_adapter(f".{name}"))
+    if isinstance(adapted, DoRALinear) and not linear.weight.is_meta:
+        adapted.initialize_dora_magnitude()  # type: ignore[no-untyped-call]
     return adapted
 
 

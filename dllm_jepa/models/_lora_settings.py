@@ -3,6 +3,7 @@
 Shape legend: r rank.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,8 +49,8 @@ class LoRASettings:
             )
         if self.rank < 1:
             raise ValueError(f"lora_rank must be at least 1, got {self.rank}")
-        if not self.alpha > 0:  # nor nan
-            raise ValueError(f"lora_alpha must be above 0, got {self.alpha}")
+        if not 0 < self.alpha < math.inf:  # nor nan
+            raise ValueError(f"lora_alpha must be above 0 and finite, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.dropout}")
 

@@ -54,7 +54,7 @@ def save_adapter(
         path: directory to create.
         adapters: full tensors, by our parameter names.
         base: directory of the base, whose fingerprint is stored; None for a base with random weights.
-        tokenizer: its files are written, too.
+        tokenizer: its files are written if there is no base, whose directory has them otherwise.
         card: text of README.md; None writes none.
 
     Raises:
@@ -76,7 +76,7 @@ def save_adapter(
         save_file(tensors, unfinished / _WEIGHTS_NAME, metadata=metadata)
         config = json.dumps(_peft_config(model, base), indent=2) + "\n"
         (unfinished / CONFIG_NAME).write_text(config, encoding="utf-8")
-        if tokenizer is not None:
+        if tokenizer is not None and base is None:
             tokenizer.save(unfinished)
         if card is not None:
             (unfinished / "README.md").write_text(card, encoding="utf-8")
@@ -113,7 +113,7 @@ def load_adapter(
         raise CheckpointError(f"{path} is no adapter: it has no {CONFIG_NAME}")
     config = read_json_object(path / CONFIG_NAME)
     base = base or config.get("base_model_name_or_path")
-    if not base:
+    if not isinstance(base, str | Path) or not str(base):
         raise CheckpointError(
             f"{path / CONFIG_NAME} names no base: it was trained on random weights, which were not stored. Export the "
             "merged model instead: export_merged=true, or dllm-jepa export --merged"
@@ -126,17 +126,14 @@ def load_adapter(
         raise CheckpointError(
             f"the adapter {path} was trained on other weights than those of {base}: give the directory of its base"
         )
-    settings = json.loads(metadata[_SETTINGS_KEY])
-    # The base is read as it was published, whatever it was kept in for training.
-    settings |= {"attn_modules": tuple(settings["attn_modules"]), "quantize_base": False}
-    add_lora(model, LoRASettings(**settings))
+    add_lora(model, _settings(path, metadata, config))
     names = _peft_names(model)
     expected = {names[name]: tuple(p.shape) for name, p in model.named_parameters() if is_adapter(name)}
     found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         lines = [f"{name}: {found.get(name, 'missing')}, needed {expected.get(name, 'nothing')}" for name in wrong[:10]]
         raise CheckpointError(f"{path / _WEIGHTS_NAME} does not fit its settings:\n  " + "\n  ".join(lines))
-    _fill(model, lambda name: saved[names[name]] if is_adapter(name) else origin.read(name).to(dtype), device)
+    _fill(model, lambda name: saved[names[name]] if is_adapter(name) else origin.read(name).to(dtype), dtype, device)
     return model.eval()
 
 
@@ -149,11 +146,31 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
     if _SETTINGS_KEY not in metadata:
         raise CheckpointError(f"{file} was not written by this package: it lacks the settings of its adapters")
+    if bad := [name for name, value in tensors.items() if not value.is_floating_point() or not value.isfinite().all()]:
+        raise CheckpointError(f"{file} holds values that are not finite numbers in {bad[0]}")
     return metadata, tensors
 
 
-def _fill(model: MaskedDiffusionLM, read: Callable[[str], Tensor], device: torch.device | str) -> None:
-    model.to_empty(device=device)
+def _settings(path: Path, metadata: Mapping[str, str], config: Mapping[str, Any]) -> LoRASettings:
+    """The settings of the adapters, which both files have; the base is read as it was published, never quantized."""
+    try:
+        saved = json.loads(metadata[_SETTINGS_KEY])
+        settings = LoRASettings(**saved | {"attn_modules": tuple(saved["attn_modules"]), "quantize_base": False})
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / _WEIGHTS_NAME} has unusable settings of its adapters: {error}") from None
+    stated = [config.get(key) for key in ("r", "lora_alpha", "use_dora")]
+    if stated != [settings.rank, settings.alpha, settings.use_dora] or not isinstance(settings.rank, int):
+        raise CheckpointError(
+            f"{path / CONFIG_NAME} has r, lora_alpha and use_dora {stated}, the adapters were trained with "
+            f"{[settings.rank, settings.alpha, settings.use_dora]}: one of the two files was changed"
+        )
+    return settings
+
+
+def _fill(
+    model: MaskedDiffusionLM, read: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device | str
+) -> None:
+    model.to(dtype).to_empty(device=device)
     for name, param in [*model.named_parameters()]:
         module, _, key = name.rpartition(".")
         filled = torch.nn.Parameter(read(name).to(device), requires_grad=param.requires_grad)

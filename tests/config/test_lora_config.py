@@ -8,6 +8,7 @@ import pytest
 from dllm_jepa.config import LORA, SCHEMAS, TRAINING, Launch, Schema, find_configs, load_config, problems, schema_of
 
 ONE, TWO = Launch(), Launch(2, 2, 0)
+TWO_GPUS = Launch(2, 2, 2)
 FULL_CONFIG, LORA_CONFIG = ("--config", "tiny"), ("--config", "tiny_lora")
 WHOLE_AVERAGE = "dllm_jepa.jepa.ema_target_encoder"
 ADAPTER_AVERAGE = "dllm_jepa.jepa.ema_adapter_target_encoder"
@@ -73,7 +74,7 @@ def test_the_unchanged_configs_have_no_problem(schema: Schema, launch: Launch) -
             id="no modules",
         ),
         pytest.param(LORA, ("model.lora_rank=0",), ONE, ("lora_rank must be at least 1, got 0",), id="rank 0"),
-        pytest.param(LORA, ("model.lora_alpha=0.0",), ONE, ("lora_alpha must be above 0, got 0",), id="alpha 0"),
+        pytest.param(LORA, ("model.lora_alpha=0.0",), ONE, ("lora_alpha must be above 0",), id="alpha 0"),
         pytest.param(
             LORA, ("model.lora_dropout=1.0",), ONE, ("lora_dropout must be in [0, 1), got 1.0",), id="dropout 1"
         ),
@@ -106,6 +107,27 @@ def test_the_unchanged_configs_have_no_problem(schema: Schema, launch: Launch) -
             id="qdora on two ranks",
         ),
         pytest.param(
+            LORA,
+            ("model.use_dora=true", "device=cuda", "compute_dtype=bf16"),
+            TWO_GPUS,
+            ("model.use_dora: true with compute_dtype: bf16 on 2 processes", "start one process"),
+            id="dora in bf16 on two ranks",
+        ),
+        pytest.param(
+            LORA,
+            ("export_merged=true", "export=null"),
+            ONE,
+            ("export_merged: true, but export is null", "set export: online"),
+            id="nothing to merge",
+        ),
+        pytest.param(
+            LORA,
+            ("optimizer={_component_: torchao.optim.CPUOffloadOptimizer}",),
+            ONE,
+            ("optimizer._component_: torchao.optim.CPUOffloadOptimizer is not offered",),
+            id="offloaded optimizer",
+        ),
+        pytest.param(
             TRAINING,
             ("optimizer._component_=torchao.optim.AdamW8bit", "dtype=bf16"),
             TWO,
@@ -133,12 +155,26 @@ def test_the_unchanged_configs_have_no_problem(schema: Schema, launch: Launch) -
             ("dtype: bf16 is not offered: adapters and predictor are small",),
             id="bf16 adapters",
         ),
-        pytest.param(LORA, ("l2_anchor_weight=0.1",), ONE, ("l2_anchor_weight: unknown key",), id="anchor in lora"),
         pytest.param(
-            LORA, ("optimizer_in_bwd=true",), ONE, ("optimizer_in_bwd: unknown key",), id="step in backward in lora"
+            LORA,
+            ("l2_anchor_weight=0.1",),
+            ONE,
+            ("l2_anchor_weight: a key of the recipe dllm_jepa_full",),
+            id="anchor in lora",
         ),
         pytest.param(
-            TRAINING, ("export_merged=true",), ONE, ("export_merged: unknown key",), id="merged export in full"
+            LORA,
+            ("optimizer_in_bwd=true",),
+            ONE,
+            ("optimizer_in_bwd: a key of the recipe dllm_jepa_full",),
+            id="step in backward in lora",
+        ),
+        pytest.param(
+            TRAINING,
+            ("export_merged=true",),
+            ONE,
+            ("export_merged: a key of the recipe dllm_jepa_lora",),
+            id="merged export in full",
         ),
     ],
 )
@@ -156,6 +192,7 @@ def test_a_problem_is_one_line(
         pytest.param(LORA, (*WIDE, "model.use_dora=true"), ONE, id="qdora in one process"),
         pytest.param(LORA, WIDE, TWO, id="qlora on two ranks"),
         pytest.param(LORA, ("model.use_dora=true",), TWO, id="dora on two ranks"),
+        pytest.param(LORA, ("device=cuda", "compute_dtype=bf16"), TWO_GPUS, id="lora in bf16 on two ranks"),
         pytest.param(LORA, ("optimizer._component_=torchao.optim.AdamW8bit",), TWO, id="low-bit optimizer in lora"),
         pytest.param(
             TRAINING,

@@ -354,9 +354,10 @@ def test_a_quantized_model_is_merged_into_the_original_weights(family: str, use_
             "no adapters: give lora_attn_modules some of q_proj, k_proj, v_proj, output_proj, or set apply_lora_to_mlp",
         ),
         ({"lora_rank": 0}, "lora_rank must be at least 1, got 0"),
-        ({"lora_alpha": 0.0}, r"lora_alpha must be above 0, got 0\.0"),
-        ({"lora_alpha": -1.0}, r"lora_alpha must be above 0, got -1\.0"),
-        ({"lora_alpha": math.nan}, "lora_alpha must be above 0, got nan"),
+        ({"lora_alpha": 0.0}, r"lora_alpha must be above 0 and finite, got 0\.0"),
+        ({"lora_alpha": -1.0}, r"lora_alpha must be above 0 and finite, got -1\.0"),
+        ({"lora_alpha": math.nan}, "lora_alpha must be above 0 and finite, got nan"),
+        ({"lora_alpha": math.inf}, "lora_alpha must be above 0 and finite, got inf"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1\.0"),
         ({"lora_dropout": -0.1}, r"lora_dropout must be in \[0, 1\), got -0\.1"),
         (
@@ -369,3 +370,41 @@ def test_a_quantized_model_is_merged_into_the_original_weights(family: str, use_
 def test_what_cannot_be_built_is_refused(family: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BUILDERS[family][1](**(SIZES | ALL | changes))
+
+
+def in_bf16(family: str, **settings: Any) -> MaskedDiffusionLM:
+    """A bf16 base with fp32 adapters, as on a GPU."""
+    with torch.device("meta"):
+        model: MaskedDiffusionLM = BUILDERS[family][1](**SIZES, **(ALL | settings))
+    source = LoRAWeights(model, Weights(plain_model(family)), seed=0, dtype=torch.bfloat16)
+    device = torch.device("cpu")
+    materialize(model, source.read, dtype=torch.float32, frozen_dtype=torch.bfloat16, device=device)
+    init_rope(model)
+    return model.eval()
+
+
+@families
+@kinds
+@pytest.mark.parametrize("attn", [["q_proj"], ["k_proj"], ["v_proj"], ATTN])
+def test_a_bf16_base_computes_in_bf16_throughout(family: str, use_dora: bool, attn: list[str]) -> None:
+    """Packed attention takes its half-precision kernel only for bf16, and only if q, k and v agree."""
+    model = in_bf16(family, use_dora=use_dora, lora_attn_modules=attn)
+    found: set[torch.dtype] = set()
+    for layer in model.backbone.layers:
+        for name in FEATURES:
+            layer.get_submodule(name).register_forward_hook(lambda _, __, out: found.add(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden, _ = model(TOKENS)
+    assert found == {torch.bfloat16} == {hidden.dtype}
+
+
+@families
+@kinds
+def test_fresh_adapters_merge_to_their_base_in_bf16_too(family: str, use_dora: bool) -> None:
+    """Norms of rows are never rounded: a DoRA that has learned nothing changes nothing."""
+    model = in_bf16(family, use_dora=use_dora)
+    assert model.lora is not None
+    state = model.state_dict()
+    adapters = {name: state.pop(name) for name in [*state] if is_adapter(name)}
+    for name, weight in merged_weights(state, state.__getitem__, adapters, model.lora):
+        assert torch.equal(weight.to(torch.bfloat16), state[name]), name

@@ -1,7 +1,9 @@
 """Adapters in PEFT's layout: loaded by PEFT itself onto the published names, and every way they can be wrong."""
 
 import json
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ ALL: dict[str, Any] = {
 SOME = ALL | {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": False}
 TOKENS = torch.randint(0, 48, (3, 9), generator=torch.Generator().manual_seed(1))
 WEIGHTS = "adapter_model.safetensors"
+SETTINGS = "dllm_jepa.lora"
 
 families = pytest.mark.parametrize("family", ["llada", "dream"])
 kinds = pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
@@ -310,9 +313,58 @@ def from_peft(adapter: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
 
 
+def metadata_of(adapter: Path) -> dict[str, str]:
+    with safe_open(adapter / WEIGHTS, framework="pt") as file:
+        return dict(file.metadata())
+
+
+def with_settings(text: str) -> Callable[[Path], None]:
+    """Other settings in the metadata."""
+
+    def spoil(adapter: Path) -> None:
+        save_file(load_file(adapter / WEIGHTS), adapter / WEIGHTS, metadata=metadata_of(adapter) | {SETTINGS: text})
+
+    return spoil
+
+
+def changed_setting(name: str, value: Any) -> Callable[[Path], None]:
+    def spoil(adapter: Path) -> None:
+        with_settings(json.dumps(json.loads(metadata_of(adapter)[SETTINGS]) | {name: value}))(adapter)
+
+    return spoil
+
+
+def changed_config(name: str, value: Any) -> Callable[[Path], None]:
+    def spoil(adapter: Path) -> None:
+        file = adapter / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+
+    return spoil
+
+
+def not_a_number(adapter: Path) -> None:
+    rewrite(adapter, {name: torch.full_like(tensor, math.nan) for name, tensor in load_file(adapter / WEIGHTS).items()})
+
+
+def integers(adapter: Path) -> None:
+    rewrite(adapter, {name: tensor.int() for name, tensor in load_file(adapter / WEIGHTS).items()})
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        *((with_settings(text), "has unusable settings") for text in ("{", "[]", "{}", "3")),
+        (changed_setting("hack", 1), "has unusable settings"),
+        (changed_setting("alpha", "4"), "has unusable settings"),
+        (changed_setting("alpha", math.inf), "has unusable settings"),
+        (changed_setting("attn_modules", 3), "has unusable settings"),
+        (changed_setting("rank", 0), "has unusable settings"),
+        (changed_setting("rank", 4.0), "one of the two files was changed"),
+        (changed_config("lora_alpha", 100.0), "one of the two files was changed"),
+        (changed_config("r", 8), "one of the two files was changed"),
+        (changed_config("base_model_name_or_path", 3), "names no base"),
+        (not_a_number, "not finite numbers"),
+        (integers, "not finite numbers"),
         (lambda d: (d / "adapter_config.json").unlink(), r"adapter is no adapter: it has no adapter_config\.json"),
         (lambda d: shutil.rmtree(d), r"adapter is no adapter: it has no adapter_config\.json"),
         (lambda d: (d / "adapter_config.json").write_text("{"), r"adapter_config\.json is not JSON"),
@@ -369,7 +421,7 @@ def test_what_cannot_be_written_leaves_nothing_behind(adapter: Path, base: Path,
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     tokenizer: Any = FullDisk()
     with pytest.raises(CheckpointError, match="new/adapter cannot be written: .*No space left on device"):
-        save_adapter(model, tmp_path / "new/adapter", adapters, base=base, tokenizer=tokenizer)
+        save_adapter(model, tmp_path / "new/adapter", adapters, base=None, tokenizer=tokenizer)
     with pytest.raises(CheckpointError, match="adapter already exists; nothing is overwritten"):
         save_adapter(model, adapter, adapters, base=base)
     with pytest.raises(CheckpointError, match="nowhere does not exist"):

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from torch import Tensor
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune.config import instantiate
 
 from dllm_jepa.config import LORA, load_config, with_defaults
+from dllm_jepa.errors import CheckpointError
+from dllm_jepa.export import export_checkpoint
 from dllm_jepa.models import InitialWeights, load_adapter, load_hf, save_hf
 from dllm_jepa.models.tiny import tiny_tokenizer
 from dllm_jepa.training import Ranks, RunDirectory, StopSignals
@@ -295,7 +298,8 @@ def test_adapter_and_merged_model_compute_the_same(tmp_path: Path, bases: Path, 
     adapted = {f"{name.removesuffix('.lora_a.weight')}.weight" for name in loaded if name.endswith(".lora_a.weight")}
     assert {name for name in plain if not torch.equal(plain[name], frozen[name])} == adapted
     for directory in ("adapter", "adapter_target", "hf", "hf_target"):
-        assert (tmp_path / directory / "tokenizer.json").exists() and (tmp_path / directory / "README.md").exists()
+        assert (tmp_path / directory / "README.md").exists()
+        assert (tmp_path / directory / "tokenizer.json").exists() == directory.startswith("hf")  # the base has its own
 
 
 # Its base
@@ -338,3 +342,27 @@ def test_another_seed_makes_another_random_base(tmp_path: Path, capsys: pytest.C
     """Without a checkpoint the base comes from the seed, which may not change."""
     run_lora(tmp_path, *EVERY_THREE, "max_steps=3")
     assert "seed: 0 -> 5" in refusal(capsys, tmp_path, *EVERY_THREE, "resume=auto", "seed=5")
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_checkpoint_is_exported_on_a_base_that_has_moved(tmp_path: Path, merged: bool) -> None:
+    """The tokenizer of the config is not asked for: its directory may be that of the base."""
+    save_hf(base_model(0), tmp_path / "base", tokenizer=tiny_tokenizer())
+    here = (f"checkpoint_dir={tmp_path / 'base'}", f"tokenizer.path={tmp_path / 'base'}")
+    run_lora(
+        tmp_path / "run", *here, "max_steps=1", "checkpoint.every_n_steps=1", "export=online", "export_merged=true"
+    )
+    (tmp_path / "base").rename(tmp_path / "moved")
+    saved = tmp_path / "run/checkpoints/latest"
+    with pytest.raises(CheckpointError, match="which is not a directory here"):
+        export_checkpoint(saved, tmp_path / "out", merged=merged)
+    export_checkpoint(saved, tmp_path / "out", merged=merged, like=tmp_path / "moved")
+    name = "model-00001-of-00001.safetensors" if merged else "adapter_model.safetensors"
+    exported = load_file(tmp_path / "out" / name)
+    expected = load_file(tmp_path / "run" / ("hf" if merged else "adapter") / name)
+    assert exported.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in exported.items())
+    save_hf(base_model(1), tmp_path / "other", tokenizer=tiny_tokenizer())
+    with pytest.raises(CheckpointError, match="were trained on other weights than those of .*other"):
+        export_checkpoint(saved, tmp_path / "wrong", merged=merged, like=tmp_path / "other")
+    assert not (tmp_path / "wrong").exists()
