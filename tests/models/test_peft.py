@@ -227,6 +227,9 @@ def test_peft_loads_them_on_the_published_names(family: str, use_dora: bool, set
     assert all(".blocks." in name or ".layers." in name for name in loaded)
     head = theirs.base_model.model.model.transformer["ff_out"] if family == "llada" else theirs.base_model.model.lm_head
     assert type(head) is nn.Linear
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    resaved, ours = load_file(tmp_path / "theirs" / WEIGHTS), load_file(tmp_path / "adapter" / WEIGHTS)
+    assert resaved.keys() == ours.keys() and all(torch.equal(resaved[name], ours[name]) for name in ours)
     torch.testing.assert_close(theirs.merge_and_unload()(TOKENS), expected, atol=1e-5, rtol=0)
 
 
