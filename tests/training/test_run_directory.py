@@ -52,7 +52,8 @@ def test_a_fresh_run(tmp_path: Path) -> None:
     run.metrics.append({"step": 1, "loss": 1.5})
     run.metrics.append({"step": 2, "loss": 1.0})
     assert (output_dir / "config.yaml").read_text() == "key: value\n"
-    assert run.exports == {"online": output_dir / "hf", "target": output_dir / "hf_target"}
+    folders = {"online": "hf", "target": "hf_target", "adapter": "adapter", "adapter_target": "adapter_target"}
+    assert run.exports == {part: output_dir / folder for part, folder in folders.items()}
     assert run.checkpoints == output_dir / "checkpoints"
     assert [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()] == [
         {"step": 1, "loss": 1.5},
@@ -151,7 +152,7 @@ def test_an_existing_directory_with_other_files_is_fine(tmp_path: Path, resume: 
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("held", ["metrics.jsonl", "checkpoints", "hf", "hf_target"])
+@pytest.mark.parametrize("held", ["metrics.jsonl", "checkpoints", "hf", "hf_target", "adapter", "adapter_target"])
 def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path, held: str) -> None:
     (tmp_path / held).mkdir() if "." not in held else (tmp_path / held).write_text("")
     if held == "checkpoints":
