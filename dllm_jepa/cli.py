@@ -29,7 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if words[:1] == ["run"]:  # torchrun's options come before the recipe: not for argparse
             _run(words[1:])
         else:
-            parsed = _parser().parse_args(words)
+            parser = _parser()
+            parsed, rest = parser.parse_known_args(words)
+            if parsed.command is _memory and not any(word.startswith("-") for word in rest):
+                parsed.words += rest  # argparse does not go on with words after an option
+            elif rest:
+                parser.error(f"unrecognized arguments: {' '.join(rest)}")
             parsed.command(parsed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -109,8 +109,7 @@ def _build(saved: dict[str, Any]) -> MaskedDiffusionLM:
         model = FAMILIES[saved["family"]].build(TransformerSizes(**saved["sizes"]))
         if saved.get("lora") is None:
             return model
-        attn_modules = tuple(saved["lora"]["attn_modules"])
-        return add_lora(model, LoRASettings(**{**saved["lora"], "attn_modules": attn_modules}))
+        return add_lora(model, LoRASettings(**saved["lora"]))
 
 
 def _base(model: MaskedDiffusionLM, state: dict[str, Any], base: Path | None) -> HFCheckpoint | InitialWeights:

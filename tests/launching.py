@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -143,6 +144,15 @@ def assert_same_state(run: Path, reference: Path, step: int) -> None:
     state, expected = training_state(run, step), training_state(reference, step)
     assert state.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(state[name], expected[name])] == []
+
+
+def copy_up_to(run: Path, copy: Path, step: int) -> None:
+    """What a run would have left if it had died after a checkpoint."""
+    shutil.copytree(run, copy, symlinks=True)
+    (copy / "status.json").unlink()
+    for later in (copy / "checkpoints").glob("step_*"):
+        if int(later.name.removeprefix("step_")) > step:
+            shutil.rmtree(later)
 
 
 def main() -> None:

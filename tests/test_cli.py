@@ -197,3 +197,11 @@ def test_two_ranks_give_one_message_and_no_traceback(tmp_path: Path) -> None:
     assert done.stderr.count("size: 0 given, must be an integer >= 1 (how large)") == 1
     assert "(rank 1)" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_words_that_no_command_knows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["ls", "more"], ["memory", "tiny", "--gups", "8"], ["validate", "tiny", "--fast"]):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(words)
+        assert exit_.value.code == 2
+        assert f"unrecognized arguments: {' '.join(words[2:] or words[1:])}" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 `python -m tests.test_docs` prints the two generated tables of docs/configs.md.
 """
 
-import functools
 import importlib
 import inspect
 import json
@@ -266,17 +265,12 @@ PRODUCTS = {
 BUILDER_MODULES = ("jepa", "data", "training", "models.llada", "models.dream", "models.tiny")
 
 
-def function_of(builder: typing.Any) -> typing.Any:
-    """The function behind a builder that only has other defaults."""
-    return builder.func if isinstance(builder, functools.partial) else builder
-
-
 def builders() -> Iterator[tuple[Key, str]]:
     """Every builder of the package with the key that it is for, told by what it returns."""
     for key in TRAINING.keys:
         for module in (importlib.import_module(f"dllm_jepa.{name}") for name in BUILDER_MODULES):
             for name in module.__all__:
-                builder = function_of(getattr(module, name))
+                builder = getattr(module, name)
                 product = typing.get_type_hints(builder).get("return") if inspect.isfunction(builder) else None
                 is_tokenizer = inspect.isclass(product) and name.endswith("_tokenizer")
                 wanted = PRODUCTS.get(key.name, ())
@@ -300,7 +294,7 @@ def builder_rows() -> Iterator[str]:
         parameters = list(inspect.signature(builder).parameters.values())[len(key.kind.positional) :]
         own = [parameter for parameter in parameters if parameter.name not in key.kind.keywords]
         arguments = ", ".join(argument_text(parameter) for parameter in own)
-        doc = (inspect.getdoc(function_of(builder)) or "").split("\n\n")[0].replace("\n", " ")
+        doc = (inspect.getdoc(builder) or "").split("\n\n")[0].replace("\n", " ")
         yield f"| `{key.name}` | `{path}` | {arguments or '-'} | {doc} |"
 
 

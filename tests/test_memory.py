@@ -1,6 +1,7 @@
 """The computed memory of a step, against tensors that are really there."""
 
 import gc
+import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
 
 from dllm_jepa import cli
-from dllm_jepa.config import load_config, with_defaults
+from dllm_jepa.config import Launch, find_configs, load_config, problems, schema_of, with_defaults
 from dllm_jepa.jepa import GlobalCounts, jepa_loss, masked_token_loss, masked_token_weights, pool
 from dllm_jepa.memory import LiveStorages, MemoryTable, step_memory
 from dllm_jepa.memory._live_storages import stored_bytes
@@ -23,6 +24,7 @@ from dllm_jepa.memory._micro_batch import _LikeCUDA, _update, micro_batch_peak
 from dllm_jepa.memory._optimizer import optimizer_state_bytes
 from dllm_jepa.models import MaskedDiffusionLM, _attention
 from dllm_jepa.packing import PackedSequences
+from tests.launching import ROOT
 
 SMALL = ("max_seq_len=32", "tokens_per_device=80", "view_sampler={_component_: dllm_jepa.jepa.fixed_ratio_views}")
 LORA = "model={_component_: dllm_jepa.models.llada.lora_llada, lora_attn_modules: [q_proj, v_proj], lora_rank: 4, %s}"
@@ -392,6 +394,7 @@ def test_paths_that_only_a_run_needs_may_be_missing(capsys: pytest.CaptureFixtur
         (["tiny", "max_seq_len=zero"], "max_seq_len"),
         (["--config", "tiny", "--gpus", "0"], "--gpus: 0 given, must be at least 1"),
         (["--config", "tiny", "--gpus", "3", "data_parallel_replicate_dim=2"], "data_parallel_replicate_dim: 2"),
+        (["tiny", "--gpus", "3", "data_parallel_replicate_dim=2"], "data_parallel_replicate_dim: 2"),
         ([], "--config is missing"),
     ],
 )
@@ -401,3 +404,16 @@ def test_errors_are_one_message(words: list[str], message: str, capsys: pytest.C
     captured = capsys.readouterr()
     assert exit_.value.code == 1 and captured.out == ""
     assert captured.err.count("error: ") == 1 and message in captured.err
+
+
+def test_the_runs_of_the_benchmark_are_valid() -> None:
+    """They need a GPU, so that here only their configs can be checked."""
+    spec = importlib.util.spec_from_file_location("memory_benchmark", ROOT / "benchmarks" / "memory.py")
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    for name, num_gpus in benchmark.RUNS:
+        if num_gpus == 1:
+            cfg = load_config(["--config", name, "output_dir=run", *benchmark._GENERATED_DATA])
+            schema = schema_of(find_configs()[name].read_text("utf-8"))
+            assert problems(cfg, schema, Launch(num_gpus=1)) == []

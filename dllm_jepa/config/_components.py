@@ -1,6 +1,5 @@
 """Checks of `_component_` mappings: the path imports and the arguments fit the signature."""
 
-import functools
 import importlib
 import inspect
 import math
@@ -144,8 +143,6 @@ def _name_problems(
 
 def _annotations(builder: Callable[..., Any]) -> dict[str, Any]:
     """Return the resolved annotations of a builder's parameters; empty where they cannot be resolved."""
-    if isinstance(builder, functools.partial):
-        return _annotations(builder.func)
     function = builder.__init__ if inspect.isclass(builder) else builder
     try:
         return typing.get_type_hints(function)

@@ -35,4 +35,5 @@ __all__ = [
     "save_adapter",
     "save_hf",
     "save_merged",
+    "with_lora",
 ]

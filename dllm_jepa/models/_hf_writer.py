@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dllm_jepa.errors import CheckpointError
-from dllm_jepa.files import publish, sync_files
+from dllm_jepa.models._export_directory import export_directory
 from dllm_jepa.models._families import FAMILIES
 from dllm_jepa.models._hf_reader import INDEX_NAME, HFCheckpoint
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
@@ -66,27 +66,13 @@ def save_hf(
     Raises:
         CheckpointError: if `path` exists or cannot be written, or `like` is a checkpoint of another architecture.
     """
-    path = Path(path)
-    if path.exists():
-        raise CheckpointError(f"{path} already exists; nothing is overwritten: choose another directory or remove it")
     origin = None if like is None else HFCheckpoint(like)
     if origin is not None and (differences := origin.architecture_differences(model)):
         raise CheckpointError(f"a model cannot be written like {like}: {'; '.join(differences)}")
-    unfinished = path.with_name(path.name + ".unfinished")
     named = weights if weights is not None else model.state_dict().items()
-    try:
-        if unfinished.exists():
-            shutil.rmtree(unfinished)
-        unfinished.mkdir(parents=True)
-        _write_shards(model, unfinished, named, dtype, shard_bytes)
-        _write_rest(model, unfinished, origin, tokenizer)
-        if card is not None:
-            (unfinished / "README.md").write_text(card, encoding="utf-8")
-        sync_files(unfinished)
-        publish(unfinished, path)
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    with export_directory(Path(path), card) as directory:
+        _write_shards(model, directory, named, dtype, shard_bytes)
+        _write_rest(model, directory, origin, tokenizer)
 
 
 def _write_rest(

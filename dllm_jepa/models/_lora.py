@@ -3,8 +3,9 @@
 Shape legend: r rank, I inputs of a linear layer.
 """
 
-from collections.abc import Iterator
-from typing import Protocol
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,42 @@ def add_lora(model: MaskedDiffusionLM, settings: LoRASettings) -> MaskedDiffusio
             elif settings.quantize_base:
                 layer.set_submodule(name, _quantized(linear))
     return model
+
+
+def with_lora(
+    builder: Callable[..., MaskedDiffusionLM], *, quantize_base: bool = False
+) -> Callable[..., MaskedDiffusionLM]:
+    """The builder of the same model, frozen and with adapters; it takes the arguments of the adapters besides.
+
+    Args:
+        builder: a builder with keyword arguments only.
+        quantize_base: default of the argument of this name.
+    """
+
+    def build(
+        *,
+        lora_attn_modules: list[str],
+        apply_lora_to_mlp: bool = False,
+        lora_rank: int = 8,
+        lora_alpha: float = 16.0,
+        lora_dropout: float = 0.0,
+        use_dora: bool = False,
+        quantize_base: bool = quantize_base,
+        **sizes: Any,
+    ) -> MaskedDiffusionLM:
+        settings = LoRASettings(
+            lora_attn_modules, apply_lora_to_mlp, lora_rank, lora_alpha, lora_dropout, use_dora, quantize_base
+        )
+        return add_lora(builder(**sizes), settings)
+
+    # Configs are checked against the signature: it has the arguments of both, by name.
+    own = [parameter for parameter in inspect.signature(build).parameters.values() if parameter.name != "sizes"]
+    signature = inspect.signature(builder)
+    build.__signature__ = signature.replace(parameters=[*own, *signature.parameters.values()])  # type: ignore[attr-defined]
+    build.__annotations__ = {**builder.__annotations__, **build.__annotations__}
+    build.__name__ = f"lora_{builder.__name__}"
+    build.__doc__ = f"{(builder.__doc__ or '').partition(chr(10))[0]} Frozen, with adapters."
+    return build
 
 
 def is_adapter(name: str) -> bool:

@@ -25,7 +25,7 @@ class LoRASettings:
         quantize_base: keep the frozen linear layers in NF4 (QLoRA).
     """
 
-    attn_modules: tuple[str, ...]
+    attn_modules: Sequence[str]
     apply_to_mlp: bool
     rank: int
     alpha: float
@@ -34,11 +34,12 @@ class LoRASettings:
     quantize_base: bool = False
 
     def __post_init__(self) -> None:
-        """Check the values.
+        """Check the values, which may come from a config or a file.
 
         Raises:
             ValueError: naming the argument of the builders, the value and what is allowed.
         """
+        object.__setattr__(self, "attn_modules", tuple(self.attn_modules))  # yaml and JSON give lists
         if wrong := [name for name in self.attn_modules if name not in ATTN_MODULES]:
             raise ValueError(f"lora_attn_modules: no module {', '.join(wrong)}; there are {', '.join(ATTN_MODULES)}")
         if len(set(self.attn_modules)) != len(self.attn_modules):
@@ -63,18 +64,3 @@ class LoRASettings:
         """The linear layers of a transformer layer that get an adapter, as `attn.q_proj`."""
         mlp = MLP_MODULES if self.apply_to_mlp else ()
         return (*(f"attn.{name}" for name in self.attn_modules), *(f"mlp.{name}" for name in mlp))
-
-
-def lora_settings(
-    lora_attn_modules: Sequence[str],
-    apply_lora_to_mlp: bool,
-    lora_rank: int,
-    lora_alpha: float,
-    lora_dropout: float,
-    use_dora: bool,
-    quantize_base: bool,
-) -> LoRASettings:
-    """`LoRASettings` from the arguments of the builders, which are named as in torchtune."""
-    return LoRASettings(
-        tuple(lora_attn_modules), apply_lora_to_mlp, lora_rank, lora_alpha, lora_dropout, use_dora, quantize_base
-    )

@@ -5,8 +5,7 @@ Source: https://github.com/huggingface/peft (names of the tensors and keys of ad
 
 import json
 import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dllm_jepa.errors import CheckpointError
-from dllm_jepa.files import publish, sync_files
+from dllm_jepa.models._export_directory import export_directory
 from dllm_jepa.models._families import FAMILIES
-from dllm_jepa.models._hf_reader import HFCheckpoint
+from dllm_jepa.models._hf_reader import HFCheckpoint, load_hf
 from dllm_jepa.models._json import read_json_object
 from dllm_jepa.models._lora import adapted_modules, add_lora, is_adapter
 from dllm_jepa.models._lora_settings import LoRASettings
-from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM, init_rope
+from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
 from dllm_jepa.models._tokenizer import Tokenizer
 
 CONFIG_NAME = "adapter_config.json"
@@ -60,31 +59,17 @@ def save_adapter(
     Raises:
         CheckpointError: if `path` exists or cannot be written.
     """
-    path = Path(path)
-    if path.exists():
-        raise CheckpointError(f"{path} already exists; nothing is overwritten: choose another directory or remove it")
     assert model.lora is not None, "the model has no adapters"
     metadata = {"format": "pt", _SETTINGS_KEY: json.dumps(asdict(model.lora))}
     metadata |= {} if base is None else {_BASE_KEY: HFCheckpoint(base).fingerprint()}
     names = _peft_names(model)
     tensors = {names[name]: tensor.detach().to("cpu").contiguous() for name, tensor in adapters.items()}
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        if unfinished.exists():
-            shutil.rmtree(unfinished)
-        unfinished.mkdir(parents=True)
-        save_file(tensors, unfinished / _WEIGHTS_NAME, metadata=metadata)
+    with export_directory(Path(path), card) as directory:
+        save_file(tensors, directory / _WEIGHTS_NAME, metadata=metadata)
         config = json.dumps(_peft_config(model, base), indent=2) + "\n"
-        (unfinished / CONFIG_NAME).write_text(config, encoding="utf-8")
+        (directory / CONFIG_NAME).write_text(config, encoding="utf-8")
         if tokenizer is not None and base is None:
-            tokenizer.save(unfinished)
-        if card is not None:
-            (unfinished / "README.md").write_text(card, encoding="utf-8")
-        sync_files(unfinished)
-        publish(unfinished, path)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+            tokenizer.save(directory)
 
 
 def load_adapter(
@@ -119,22 +104,28 @@ def load_adapter(
             "merged model instead: export_merged=true, or dllm-jepa export --merged"
         )
     origin = HFCheckpoint(base)
-    model = origin.build()
-    origin.check(model)
+    origin.check(origin.build())
     metadata, saved = _read(path / _WEIGHTS_NAME)
     if metadata.get(_BASE_KEY) != origin.fingerprint():
         raise CheckpointError(
             f"the adapter {path} was trained on other weights than those of {base}: give the directory of its base"
         )
-    add_lora(model, _settings(path, metadata, config))
+    settings = _settings(path, metadata, config)
+    names = _check_shapes(path / _WEIGHTS_NAME, add_lora(origin.build(), settings), saved)
+    model = add_lora(load_hf(base, dtype, device), settings)
+    model.load_state_dict({name: saved[theirs] for name, theirs in names.items()}, strict=False)
+    return model.eval()
+
+
+def _check_shapes(file: Path, model: MaskedDiffusionLM, saved: Mapping[str, Tensor]) -> dict[str, str]:
+    """Hold the tensors of a file against a model on the meta device; returns their names, by ours."""
     names = _peft_names(model)
     expected = {names[name]: tuple(p.shape) for name, p in model.named_parameters() if is_adapter(name)}
     found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         lines = [f"{name}: {found.get(name, 'missing')}, needed {expected.get(name, 'nothing')}" for name in wrong[:10]]
-        raise CheckpointError(f"{path / _WEIGHTS_NAME} does not fit its settings:\n  " + "\n  ".join(lines))
-    _fill(model, lambda name: saved[names[name]] if is_adapter(name) else origin.read(name).to(dtype), dtype, device)
-    return model.eval()
+        raise CheckpointError(f"{file} does not fit its settings:\n  " + "\n  ".join(lines))
+    return names
 
 
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -155,8 +146,8 @@ def _settings(path: Path, metadata: Mapping[str, str], config: Mapping[str, Any]
     """The settings of the adapters, which both files have; the base is read as it was published, never quantized."""
     try:
         saved = json.loads(metadata[_SETTINGS_KEY])
-        settings = LoRASettings(**saved | {"attn_modules": tuple(saved["attn_modules"]), "quantize_base": False})
-    except (KeyError, TypeError, ValueError) as error:
+        settings = LoRASettings(**saved | {"quantize_base": False})
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path / _WEIGHTS_NAME} has unusable settings of its adapters: {error}") from None
     stated = [config.get(key) for key in ("r", "lora_alpha", "use_dora")]
     if stated != [settings.rank, settings.alpha, settings.use_dora] or not isinstance(settings.rank, int):
@@ -165,17 +156,6 @@ def _settings(path: Path, metadata: Mapping[str, str], config: Mapping[str, Any]
             f"{[settings.rank, settings.alpha, settings.use_dora]}: one of the two files was changed"
         )
     return settings
-
-
-def _fill(
-    model: MaskedDiffusionLM, read: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device | str
-) -> None:
-    model.to(dtype).to_empty(device=device)
-    for name, param in [*model.named_parameters()]:
-        module, _, key = name.rpartition(".")
-        filled = torch.nn.Parameter(read(name).to(device), requires_grad=param.requires_grad)
-        model.get_submodule(module).register_parameter(key, filled)
-    init_rope(model)
 
 
 def _peft_names(model: MaskedDiffusionLM) -> dict[str, str]:

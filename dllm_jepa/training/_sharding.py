@@ -14,8 +14,6 @@ from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from dllm_jepa.errors import LaunchError
 from dllm_jepa.training._ranks import Ranks
 
-_NF4_BLOCK = 64 * 256  # torchao quantizes blocks of 64 weights, and then the scales of 256 blocks
-
 ReadWeight = Callable[[str, slice | None], Tensor]
 """Reads a weight by parameter name, whole or only some of its rows, to CPU."""
 
@@ -93,12 +91,13 @@ def full_tensor(value: Tensor) -> Tensor:
 
 def _check_quantized(module: nn.Module, num_ranks: int) -> None:
     for name, param in module.named_parameters():
-        if isinstance(param.data, NF4Tensor) and (
-            param.size(0) % num_ranks or param.numel() % (_NF4_BLOCK * num_ranks)
-        ):
+        if not isinstance(param.data, NF4Tensor):
+            continue
+        block = param.data.block_size * param.data.scaler_block_size
+        if param.size(0) % num_ranks or param.numel() % (block * num_ranks):
             raise LaunchError(
                 f"{name} has {param.size(0)} rows and {param.numel()} weights, and {num_ranks} ranks can share a "
-                f"quantized weight only in equal parts of whole blocks of {_NF4_BLOCK}: start fewer ranks, or set "
+                f"quantized weight only in equal parts of whole blocks of {block}: start fewer ranks, or set "
                 "quantize_base: false"
             )
 

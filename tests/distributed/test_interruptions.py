@@ -4,7 +4,6 @@ Every run goes on to the end of the same 24 steps and is compared with one that 
 """
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from tests.launching import (
     ROOT,
     SMALL,
     assert_same_state,
+    copy_up_to,
     metrics,
     run_here,
     run_on_ranks,
@@ -115,15 +115,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
     )
     return directory
-
-
-def copy_up_to(run: Path, copy: Path, step: int) -> None:
-    """What a run would have left if it had died after a checkpoint."""
-    shutil.copytree(run, copy, symlinks=True)
-    (copy / "status.json").unlink()
-    for later in (copy / "checkpoints").glob("step_*"):
-        if int(later.name.removeprefix("step_")) > step:
-            shutil.rmtree(later)
 
 
 def assert_same_as_uninterrupted(run: Path, reference: Path) -> None:

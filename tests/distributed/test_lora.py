@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.test_interruptions import copy_up_to
 from tests.launching import (
     SMALL_LORA,
     assert_same_state,
+    copy_up_to,
     metrics,
     run_here,
     run_on_ranks,

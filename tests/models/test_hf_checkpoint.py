@@ -114,7 +114,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dllm_jepa.models._hf_writer.sync_files", full)
+    monkeypatch.setattr("dllm_jepa.models._export_directory.sync_files", full)
     with pytest.raises(CheckpointError, match="out cannot be written: .*No space left on device"):
         save_hf(load_hf(checkpoint), tmp_path / "out", like=checkpoint)
     assert list(tmp_path.iterdir()) == [checkpoint]

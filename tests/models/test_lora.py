@@ -23,8 +23,8 @@ from dllm_jepa.models import (
     merged_weights,
     save_merged,
 )
-from dllm_jepa.models.dream import dream, lora_dream
-from dllm_jepa.models.llada import llada, lora_llada
+from dllm_jepa.models.dream import dream, dream_7b, lora_dream, lora_dream_7b, qlora_dream_7b
+from dllm_jepa.models.llada import llada, llada_8b, lora_llada, lora_llada_8b, qlora_llada_8b
 from dllm_jepa.training import materialize
 
 SIZES = {
@@ -408,3 +408,21 @@ def test_fresh_adapters_merge_to_their_base_in_bf16_too(family: str, use_dora: b
     adapters = {name: state.pop(name) for name in [*state] if is_adapter(name)}
     for name, weight in merged_weights(state, state.__getitem__, adapters, model.lora):
         assert torch.equal(weight.to(torch.bfloat16), state[name]), name
+
+
+@pytest.mark.parametrize(
+    ("plain", "lora", "qlora"),
+    [(llada_8b, lora_llada_8b, qlora_llada_8b), (dream_7b, lora_dream_7b, qlora_dream_7b)],
+)
+def test_the_published_sizes_come_with_adapters(plain: Any, lora: Any, qlora: Any) -> None:
+    with torch.device("meta"):
+        frozen, quantized = (build(**ALL | {"lora_rank": 16}) for build in (lora, qlora))
+        expected = {name: param.shape for name, param in plain().named_parameters()}
+    for model, is_quantized in ((frozen, False), (quantized, True)):
+        base = {name: param for name, param in model.named_parameters() if not is_adapter(name)}
+        assert {name: param.shape for name, param in base.items()} == expected
+        assert not any(param.requires_grad for param in base.values())
+        inside = [param for name, param in base.items() if name.rpartition(".")[0].endswith(tuple(FEATURES))]
+        assert {isinstance(param, NF4Tensor) for param in inside if param.ndim == 2} == {is_quantized}
+    with pytest.raises(TypeError, match="embed_dim"):
+        lora(**ALL, embed_dim=32)

@@ -21,11 +21,11 @@ from dllm_jepa.export import export_checkpoint
 from dllm_jepa.models import InitialWeights, load_adapter, load_hf, save_hf
 from dllm_jepa.models.tiny import tiny_tokenizer
 from dllm_jepa.training import Ranks, RunDirectory, StopSignals
-from tests.distributed.test_interruptions import copy_up_to
 from tests.launching import (
     SMALL,
     SMALL_LORA,
     assert_same_state,
+    copy_up_to,
     metrics,
     run_here,
     status,

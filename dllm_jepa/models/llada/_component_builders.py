@@ -1,7 +1,6 @@
 """LLaDA from its numbers: no biases, token i scored from hidden state i."""
 
-from dllm_jepa.models._lora import add_lora
-from dllm_jepa.models._lora_settings import lora_settings
+from dllm_jepa.models._lora import with_lora
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM, TransformerSizes
 
 
@@ -55,63 +54,4 @@ def llada(
     return MaskedDiffusionLM(sizes, family="llada", shift_logits=False, attn_bias=False)
 
 
-def lora_llada(
-    *,
-    lora_attn_modules: list[str],
-    apply_lora_to_mlp: bool = False,
-    lora_rank: int = 8,
-    lora_alpha: float = 16.0,
-    lora_dropout: float = 0.0,
-    use_dora: bool = False,
-    quantize_base: bool = False,
-    vocab_size: int,
-    embed_dim: int,
-    num_layers: int,
-    num_heads: int,
-    mlp_dim: int,
-    num_kv_heads: int | None = None,
-    max_seq_len: int = 4096,
-    rope_base: float = 500_000.0,
-    norm_eps: float = 1e-5,
-    tie_embeddings: bool = False,
-) -> MaskedDiffusionLM:
-    """Build a frozen LLaDA model of any size with adapters.
-
-    Args:
-        lora_attn_modules: projections of the attention with an adapter: q_proj, k_proj, v_proj, output_proj.
-        apply_lora_to_mlp: adapters on the feed-forward layers, too.
-        lora_rank: rank of the adapters.
-        lora_alpha: their output is scaled by lora_alpha / lora_rank.
-        lora_dropout: share of their inputs that is dropped, in [0, 1).
-        use_dora: learn the norms of the rows of each weight besides.
-        quantize_base: keep the frozen linear layers in NF4.
-        vocab_size: rows of the embedding.
-        embed_dim: hidden size.
-        num_layers: transformer layers.
-        num_heads: query heads.
-        mlp_dim: width of the feed-forward layer.
-        num_kv_heads: key/value heads; None means `num_heads`.
-        max_seq_len: longest sequence in tokens.
-        rope_base: base of the rotary frequencies.
-        norm_eps: epsilon of the RMSNorms.
-        tie_embeddings: the head reuses the embedding.
-
-    Raises:
-        ValueError: if the sizes do not fit each other, or an argument of the adapters is out of range.
-    """
-    model = llada(
-        vocab_size=vocab_size,
-        embed_dim=embed_dim,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        mlp_dim=mlp_dim,
-        num_kv_heads=num_kv_heads,
-        max_seq_len=max_seq_len,
-        rope_base=rope_base,
-        norm_eps=norm_eps,
-        tie_embeddings=tie_embeddings,
-    )
-    settings = lora_settings(
-        lora_attn_modules, apply_lora_to_mlp, lora_rank, lora_alpha, lora_dropout, use_dora, quantize_base
-    )
-    return add_lora(model, settings)
+lora_llada = with_lora(llada)
