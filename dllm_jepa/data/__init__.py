@@ -5,21 +5,31 @@ from dllm_jepa.data._chat import chat
 from dllm_jepa.data._collate import MicroBatch, TrainingBatches
 from dllm_jepa.data._regex_pairs import generate_regex_pairs, regex_pairs
 from dllm_jepa.data._sequences import SequenceDataset, build_sequences
-from dllm_jepa.data._tasks import django, gsm8k, nlrx, spider
+from dllm_jepa.data._sources import Row, check_text, read_rows
+from dllm_jepa.data._tasks import TASKS, Task, django, gsm8k, nlrx, spider, spider_task
+from dllm_jepa.data._templates import Template, format_prompt
 from dllm_jepa.data._text import text
 
 __all__ = [
+    "TASKS",
     "BatchPlan",
     "MicroBatch",
+    "Row",
     "SequenceDataset",
+    "Task",
+    "Template",
     "TrainingBatches",
     "build_sequences",
     "chat",
+    "check_text",
     "django",
+    "format_prompt",
     "generate_regex_pairs",
     "gsm8k",
     "nlrx",
+    "read_rows",
     "regex_pairs",
     "spider",
+    "spider_task",
     "text",
 ]

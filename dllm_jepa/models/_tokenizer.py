@@ -23,6 +23,7 @@ class Tokenizer:
         eos_id: id of the end-of-text token.
         pad_id: id of the padding token.
         bos_id: id of the token in front of a text, or None.
+        end_ids: ids that end a response: end of text and, where the vocabulary has it, end of turn.
 
     Args:
         backend: tokenizer of the `tokenizers` library. It is taken over: truncation and padding are switched off and
@@ -37,7 +38,7 @@ class Tokenizer:
     """
 
     chat_tokens: ClassVar[tuple[str, ...]] = ()
-    """Names of the tokens that mark the turns of a chat, where the family has a chat format."""
+    """Names of the tokens that mark the turns of a chat, where the family has a chat format; the last ends a turn."""
 
     def __init__(
         self,
@@ -71,6 +72,7 @@ class Tokenizer:
         self.eos_id: int = ids["eos_token"]
         self.pad_id: int = ids["pad_token"]
         self.bos_id: int | None = ids.get("bos_token")
+        self.end_ids = frozenset([self.eos_id, *(vocab[name] for name in chat if name == self.chat_tokens[-1])])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy in another process."""
