@@ -27,8 +27,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": set(),
     "training": set(),
     "evals": {"data", "generation", "models"},
-    "export": {"models", "training"},
+    "export": {"models", "trained_model", "training"},
     "memory": {"jepa", "models"},
+    "trained_model": {"models", "training"},
     "cli": {"analysis", "config", "data", "evals", "export", "generation", "memory", "models", "training"},
 }
 

@@ -15,10 +15,12 @@ from dllm_jepa.config._parse import load_config, parse, read_config
 from dllm_jepa.config._resolve import find_configs, find_recipes, resolve_config
 from dllm_jepa.config._resume import check_resume
 from dllm_jepa.config._rules import Launch
-from dllm_jepa.config._schema import LORA, SCHEMAS, TRAINING, Schema, schema_of
+from dllm_jepa.config._schema import EVALUATION, GENERATION, LORA, SCHEMAS, TRAINING, Schema, schema_of
 from dllm_jepa.config._validate import problems, validate, warnings, with_defaults
 
 __all__ = [
+    "EVALUATION",
+    "GENERATION",
     "LORA",
     "REQUIRED",
     "SCHEMAS",

@@ -122,7 +122,8 @@ def _name_problems(
     """Return unknown, doubly given and missing arguments."""
     parameters = list(signature.parameters.values())
     named = {parameter.name for parameter in parameters if parameter.kind in _BY_NAME}
-    passed = {parameter.name for parameter in parameters[: len(kind.positional)]} | set(kind.keywords)
+    passed = {parameter.name for parameter in parameters[: len(kind.positional)]}
+    passed |= {*kind.keywords, *kind.offered}
     open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     choices = sorted(named - passed)
     problems = []

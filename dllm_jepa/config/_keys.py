@@ -14,7 +14,7 @@ _NO_FP16 = (
     "fp16 overflows without loss scaling, which these recipes do not do; bf16 takes the same memory and has the "
     "range of fp32, so take bf16 or fp32"
 )
-_FLOATS = Choice(("fp32", "bf16"), refused={"fp16": _NO_FP16, "float16": _NO_FP16, "half": _NO_FP16})
+FLOATS = Choice(("fp32", "bf16"), refused={"fp16": _NO_FP16, "float16": _NO_FP16, "half": _NO_FP16})
 
 
 OUTPUT = (
@@ -200,7 +200,7 @@ LENGTH = (
     ),
 )
 
-DTYPE = (Key("dtype", _FLOATS, "stored weights", default="fp32"),)
+DTYPE = (Key("dtype", FLOATS, "stored weights", default="fp32"),)
 
 LORA_DTYPE = (
     Key(
@@ -215,7 +215,7 @@ LORA_DTYPE = (
 )
 
 LOOP = (
-    Key("compute_dtype", _FLOATS, "matrix products; fp32 on the CPU", default="fp32"),
+    Key("compute_dtype", FLOATS, "matrix products; fp32 on the CPU", default="fp32"),
     Key("compile", Flag(), "torch.compile on every layer", default=False, may_change=True),
     Key(
         "enable_activation_checkpointing",
@@ -281,7 +281,7 @@ CHECKPOINT = (
     ),
     Key(
         "export_dtype",
-        _FLOATS,
+        FLOATS,
         "type of the exported weights; null = compute_dtype",
         default=None,
         nullable=True,

@@ -128,6 +128,7 @@ class Component:
         positional: Arguments that the recipe passes by position; only their number counts.
         keywords: Arguments that the recipe always passes by name.
         optional: Arguments that the recipe passes by name unless the yaml gives them.
+        offered: Arguments that the recipe passes to those builders that take them.
         ranges: Ranges of arguments, checked here because the component itself is built only beside a model.
         trial: How to build it during validation so that its own complaints (ValueError) are listed; None = not at all.
             `alone`: from its arguments; `meta`: the same, with parameters on the meta device; `optimizer`: over a
@@ -141,6 +142,7 @@ class Component:
     positional: tuple[str, ...] = ()
     keywords: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    offered: tuple[str, ...] = ()
     ranges: tuple[ArgumentRange, ...] = ()
     trial: Literal["alone", "meta", "optimizer", "lr_scheduler"] | None = None
     refusal: Callable[[Mapping[str, Any]], list[str]] | None = None

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dllm_jepa.config import _eval_keys as eval_keys
+from dllm_jepa.config import _eval_rules as eval_rules
 from dllm_jepa.config import _keys as keys
 from dllm_jepa.config import _lora_rules as lora_rules
 from dllm_jepa.config import _optimizer_rules as optimizer_rules
@@ -118,7 +120,44 @@ LORA = Schema(
     ),
 )
 
-SCHEMAS = {"dllm_jepa_full": TRAINING, "dllm_jepa_lora": LORA}
+EVALUATION = Schema(
+    keys=eval_keys.OUTPUT
+    + eval_keys.RUN
+    + eval_keys.MODEL
+    + eval_keys.BASE
+    + eval_keys.TASK
+    + eval_keys.DECODING
+    + eval_keys.BATCH,
+    rules=(
+        rules.output_dir_is_no_file,
+        eval_rules.model_directory_exists,
+        eval_rules.base_directory_exists,
+        eval_rules.task_gets_what_it_takes,
+    ),
+    launch_rules=(rules.enough_gpus,),
+)
+
+GENERATION = Schema(
+    keys=eval_keys.RUN
+    + eval_keys.MODEL
+    + eval_keys.PROMPTS
+    + eval_keys.GENERATION_DECODING
+    + eval_keys.BATCH
+    + eval_keys.SHOW,
+    rules=(
+        eval_rules.model_directory_exists,
+        eval_rules.one_source_of_prompts,
+        eval_rules.new_files,
+    ),
+    launch_rules=(rules.enough_gpus, eval_rules.one_process),
+)
+
+SCHEMAS = {
+    "dllm_jepa_full": TRAINING,
+    "dllm_jepa_lora": LORA,
+    "dllm_jepa_eval": EVALUATION,
+    "dllm_jepa_generate": GENERATION,
+}
 """The schema of every recipe, by its name."""
 
 

@@ -9,8 +9,15 @@ from dllm_jepa.models._lora_settings import LoRASettings
 from dllm_jepa.models._masked_diffusion_lm import Backbone, MaskedDiffusionLM, TransformerSizes, init_rope
 from dllm_jepa.models._merge import merged_weights, save_merged
 from dllm_jepa.models._model_card import model_card
-from dllm_jepa.models._peft import load_adapter, save_adapter
+from dllm_jepa.models._peft import (
+    adapter_base,
+    adapter_fingerprint,
+    is_adapter_directory,
+    load_adapter,
+    save_adapter,
+)
 from dllm_jepa.models._tokenizer import Tokenizer
+from dllm_jepa.models._tokenizer_files import tokenizer_builder
 
 __all__ = [
     "FAMILIES",
@@ -25,9 +32,12 @@ __all__ = [
     "Tokenizer",
     "TransformerSizes",
     "adapted_modules",
+    "adapter_base",
+    "adapter_fingerprint",
     "add_lora",
     "init_rope",
     "is_adapter",
+    "is_adapter_directory",
     "load_adapter",
     "load_hf",
     "merged_weights",
@@ -35,5 +45,6 @@ __all__ = [
     "save_adapter",
     "save_hf",
     "save_merged",
+    "tokenizer_builder",
     "with_lora",
 ]

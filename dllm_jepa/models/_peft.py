@@ -3,6 +3,7 @@
 Source: https://github.com/huggingface/peft (names of the tensors and keys of adapter_config.json).
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -93,16 +94,8 @@ def load_adapter(
         CheckpointError: if a directory cannot be read, the adapter was trained on another base, or its tensors do not
             fit its config.
     """
-    path = Path(path)
-    if not (path / CONFIG_NAME).exists():
-        raise CheckpointError(f"{path} is no adapter: it has no {CONFIG_NAME}")
-    config = read_json_object(path / CONFIG_NAME)
-    base = base or config.get("base_model_name_or_path")
-    if not isinstance(base, str | Path) or not str(base):
-        raise CheckpointError(
-            f"{path / CONFIG_NAME} names no base: it was trained on random weights, which were not stored. Export the "
-            "merged model instead: export_merged=true, or dllm-jepa export --merged"
-        )
+    path, config = Path(path), read_adapter_config(path)
+    base = base or adapter_base(path)
     origin = HFCheckpoint(base)
     origin.check(origin.build())
     metadata, saved = _read(path / _WEIGHTS_NAME)
@@ -115,6 +108,47 @@ def load_adapter(
     model = add_lora(load_hf(base, dtype, device), settings)
     model.load_state_dict({name: saved[theirs] for name, theirs in names.items()}, strict=False)
     return model.eval()
+
+
+def read_adapter_config(path: str | Path) -> dict[str, Any]:
+    """The adapter_config.json of a directory.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    file = Path(path) / CONFIG_NAME
+    if not file.exists():
+        raise CheckpointError(f"{path} is no adapter: it has no {CONFIG_NAME}")
+    return read_json_object(file)
+
+
+def adapter_base(path: str | Path) -> Path:
+    """The directory of the base that an adapter names.
+
+    Raises:
+        CheckpointError: if it is no adapter, or names none.
+    """
+    base = read_adapter_config(path).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(
+            f"{Path(path) / CONFIG_NAME} names no base: it was trained on random weights, which were not stored. "
+            "Export the merged model instead: export_merged=true, or dllm-jepa export --merged"
+        )
+    return Path(base)
+
+
+def is_adapter_directory(path: str | Path) -> bool:
+    """Whether a directory holds an adapter in the layout of PEFT."""
+    return (Path(path) / CONFIG_NAME).is_file()
+
+
+def adapter_fingerprint(path: str | Path) -> str:
+    """What tells an adapter and its base from others: sha256 of its weight file and of the base's fingerprint."""
+    digest = hashlib.sha256(HFCheckpoint(adapter_base(path)).fingerprint().encode())
+    with (Path(path) / _WEIGHTS_NAME).open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _check_shapes(file: Path, model: MaskedDiffusionLM, saved: Mapping[str, Tensor]) -> dict[str, str]:

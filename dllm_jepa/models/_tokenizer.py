@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import tokenizers
 
 from dllm_jepa.errors import CheckpointError
-from dllm_jepa.models._tokenizer_files import ADDED_TOKEN_FLAGS, CONFIG_NAME, TOKENIZER_NAME
+from dllm_jepa.models._tokenizer_files import ADDED_TOKEN_FLAGS, BUILDER_KEY, CONFIG_NAME, TOKENIZER_NAME
 
 ROLES = ("system", "user", "assistant")
 
@@ -39,6 +39,9 @@ class Tokenizer:
 
     chat_tokens: ClassVar[tuple[str, ...]] = ()
     """Names of the tokens that mark the turns of a chat, where the family has a chat format; the last ends a turn."""
+
+    builder: ClassVar[str | None] = None
+    """Path of the function that makes such a tokenizer of a directory; saved beside it, so that it is found again."""
 
     def __init__(
         self,
@@ -192,6 +195,8 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
+        if self.builder is not None:
+            config[BUILDER_KEY] = self.builder
         (directory / TOKENIZER_NAME).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
         (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

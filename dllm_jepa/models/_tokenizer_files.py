@@ -21,6 +21,7 @@ TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
 SPECIAL_MAP_NAME = "special_tokens_map.json"
 ADDED_TOKENS_NAME = "added_tokens.json"
+BUILDER_KEY = "dllm_jepa.tokenizer"  # in tokenizer_config.json; the library of the hub passes over it
 ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # The parts of tokenizer.json: the module that has their types, and the key of the parts that a "Sequence" joins.
 _COMPONENTS = {
@@ -39,6 +40,13 @@ class SpecialTokens:
     eos: str
     pad: str | None = None
     bos: str | None = None
+
+
+def tokenizer_builder(directory: str | Path) -> str | None:
+    """Path of the function that makes the tokenizer of a directory, where `Tokenizer.save` has noted it."""
+    file = Path(directory) / CONFIG_NAME
+    name = read_json_object(file).get(BUILDER_KEY) if file.exists() else None
+    return name if isinstance(name, str) else None
 
 
 def read_special_tokens(directory: Path, backend: tokenizers.Tokenizer, family: SpecialTokens) -> SpecialTokens:

@@ -2,6 +2,7 @@
 
 from dllm_jepa.training._facts import compare_facts, run_facts
 from dllm_jepa.training._guards import check_finite
+from dllm_jepa.training._lock import locked
 from dllm_jepa.training._optimizer_in_bwd import OptimizerInBackward
 from dllm_jepa.training._progress import MetricLogger, RunLog
 from dllm_jepa.training._ranks import Ranks
@@ -37,6 +38,7 @@ __all__ = [
     "full_tensor",
     "full_tensors",
     "list_checkpoints",
+    "locked",
     "materialize",
     "run_facts",
     "shard",

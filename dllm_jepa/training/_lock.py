@@ -6,10 +6,13 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from dllm_jepa.errors import LaunchError
+from dllm_jepa.training._ranks import Ranks
 
 LOCK_NAME = ".lock"
 _PATIENCE_SECONDS = 30.0
@@ -143,3 +146,19 @@ class RunLock:
             return self._path.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
         except OSError:
             return "unknown"
+
+
+@contextmanager
+def locked(directory: Path, ranks: Ranks) -> Iterator[None]:
+    """Hold a directory, which is made if it is missing, against other runs; on all ranks at once.
+
+    Raises:
+        LaunchError: if another run keeps it, or it cannot be written.
+    """
+    lock = RunLock(directory)
+    ranks.on_rank_zero(lock.acquire)
+    try:
+        lock.join(ranks.rank)
+        yield
+    finally:
+        lock.release(is_used=any(path.name != LOCK_NAME for path in directory.iterdir()))

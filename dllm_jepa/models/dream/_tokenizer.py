@@ -29,6 +29,7 @@ _CUTS = (
 class DreamTokenizer(Tokenizer):
     """Dream tokenizer; see `Tokenizer` for the arguments."""
 
+    builder: ClassVar[str | None] = "dllm_jepa.models.dream.dream_tokenizer"
     chat_tokens: ClassVar[tuple[str, ...]] = ("<|im_start|>", "<|im_end|>")
 
     def encode_chat(

@@ -14,6 +14,7 @@ _NAMES = SpecialTokens(mask="<|mdm_mask|>", eos="<|endoftext|>", bos="<|startoft
 class LLaDATokenizer(Tokenizer):
     """LLaDA tokenizer; see `Tokenizer` for the arguments."""
 
+    builder: ClassVar[str | None] = "dllm_jepa.models.llada.llada_tokenizer"
     chat_tokens: ClassVar[tuple[str, ...]] = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
     def encode_chat(

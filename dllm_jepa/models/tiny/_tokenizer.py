@@ -29,6 +29,7 @@ class TinyTokenizer(Tokenizer):
     A conversation is `<|startoftext|>` and then per message `<|role|>`, content, `<|end|>`.
     """
 
+    builder: ClassVar[str | None] = "dllm_jepa.models.tiny.tiny_tokenizer"
     chat_tokens: ClassVar[tuple[str, ...]] = (*ROLE_TOKENS.values(), END_OF_TURN_TOKEN)
 
     def encode_chat(

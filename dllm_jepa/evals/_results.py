@@ -1,0 +1,144 @@
+"""The folder of an evaluation: finished batches are kept as they come, so that nothing is evaluated twice.
+
+output_dir/
+    parts/00000.jsonl  while it runs: a line per finished batch, a file per rank
+    generations.jsonl  at the end: an object per item, in the order of the items
+    scores.json        at the end: scores with intervals, facts and settings
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dllm_jepa.errors import LaunchError
+from dllm_jepa.evals._score import ItemResult
+from dllm_jepa.files import write_atomically
+
+GENERATIONS_NAME = "generations.jsonl"
+SCORES_NAME = "scores.json"
+_FACTS_NAME = "facts.json"
+_PARTS_NAME = "parts"
+
+
+class ResultsFolder:
+    """Results of an evaluation, on disk batch by batch.
+
+    Args:
+        path: the folder; made by `open`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.generations = path / GENERATIONS_NAME
+        self.scores = path / SCORES_NAME
+        self._parts = path / _PARTS_NAME
+
+    def open(self, facts: Mapping[str, Any], *, resume: bool) -> set[int]:
+        """Take the folder into use, on one rank and before any other one writes.
+
+        Args:
+            facts: what tells this evaluation from another one.
+            resume: whether to go on with what is there.
+
+        Returns:
+            The batches that are finished.
+
+        Raises:
+            LaunchError: if it holds an evaluation and `resume` does not ask to go on with it, or that was another one,
+                or it cannot be written.
+        """
+        held = self._held_facts()
+        if held is not None and not resume:
+            raise LaunchError(
+                f"{self.path} already holds an evaluation; nothing is overwritten: choose another output_dir, or go on "
+                "with it by resume=auto"
+            )
+        if held is not None and (differences := _differences(held, json.loads(json.dumps(facts)))):
+            raise LaunchError(
+                f"{self.path} holds another evaluation, and the two are not mixed; choose another output_dir. They "
+                "differ in\n  " + "\n  ".join(differences)
+            )
+        try:
+            self._parts.mkdir(parents=True, exist_ok=True)
+            if held is None:
+                write_atomically(self.path / _FACTS_NAME, json.dumps(facts, indent=2) + "\n")
+        except OSError as error:
+            raise LaunchError(f"output_dir={self.path} cannot be written: {error}") from None
+        return {record["batch"] for record in self._records()}
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the scores are written."""
+        return self.scores.exists()
+
+    def append(self, rank: int, batch: int, results: Sequence[ItemResult], seconds: float) -> None:
+        """Keep a finished batch; once this returns it is never evaluated again.
+
+        Args:
+            rank: this rank, which alone writes its part.
+            batch: number of the batch.
+            results: its results.
+            seconds: time it took.
+        """
+        record = {"batch": batch, "seconds": seconds, "rows": [result.to_json() for result in results]}
+        with (self._parts / f"{rank:05d}.jsonl").open("ab+") as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a line that was cut off when the process was killed
+                    file.write(b"\n")
+            file.write(json.dumps(record).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def merge(self) -> tuple[list[dict[str, Any]], float]:
+        """Write generations.jsonl from all parts, on one rank and after the last one has written.
+
+        Returns:
+            The rows in the order of the items, and the seconds of all batches together.
+        """
+        if not self._parts.exists():
+            rows = [json.loads(line) for line in self.generations.read_text(encoding="utf-8").splitlines()]
+            return rows, float(json.loads(self.scores.read_text(encoding="utf-8"))["seconds"])
+        # A batch that two ranks have done, of whom one was killed, counts once.
+        records = {record["batch"]: record for record in self._records()}
+        rows = sorted((row for record in records.values() for row in record["rows"]), key=lambda row: row["item"])
+        write_atomically(self.generations, "".join(json.dumps(row) + "\n" for row in rows))
+        return rows, sum(record["seconds"] for record in records.values())
+
+    def finish(self, scores: Mapping[str, Any]) -> None:
+        """Write scores.json; a folder with this file is complete."""
+        write_atomically(self.scores, json.dumps(scores, indent=2) + "\n")
+        shutil.rmtree(self._parts, ignore_errors=True)
+
+    def _held_facts(self) -> dict[str, Any] | None:
+        file = self.path / _FACTS_NAME
+        try:
+            facts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        except (OSError, ValueError) as error:
+            raise LaunchError(f"{file} cannot be read: {error}; choose another output_dir") from None
+        if not isinstance(facts, dict | None):
+            raise LaunchError(f"{file} cannot be read: it holds no JSON object; choose another output_dir")
+        return facts
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        """The finished batches of all parts."""
+        for part in sorted(self._parts.glob("*.jsonl")):
+            for line in part.read_bytes().splitlines():
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue  # cut off when the process was killed: that batch is not finished
+
+
+def _differences(held: Mapping[str, Any], present: Mapping[str, Any], prefix: str = "") -> list[str]:
+    lines = []
+    for key in [*held, *(key for key in present if key not in held)]:
+        then, now = held.get(key), present.get(key)
+        if isinstance(then, dict) and isinstance(now, dict):
+            lines += _differences(then, now, f"{prefix}{key}.")
+        elif then != now:
+            lines.append(f"{prefix}{key}: {json.dumps(then)} there, {json.dumps(now)} now")
+    return lines

@@ -1,0 +1,253 @@
+"""Any model on disk, opened by its directory: a Hugging Face directory, an adapter, or a training state."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from dllm_jepa.errors import CheckpointError
+from dllm_jepa.models import (
+    FAMILIES,
+    HFCheckpoint,
+    InitialWeights,
+    LoRASettings,
+    MaskedDiffusionLM,
+    Tokenizer,
+    TransformerSizes,
+    adapter_base,
+    adapter_fingerprint,
+    add_lora,
+    init_rope,
+    is_adapter_directory,
+    load_adapter,
+    load_hf,
+    tokenizer_builder,
+)
+from dllm_jepa.models.dream import dream_tokenizer
+from dllm_jepa.models.llada import llada_tokenizer
+from dllm_jepa.models.tiny import tiny_tokenizer
+from dllm_jepa.training import Ranks, SavedCheckpoint, check_trained, trained_tensors
+
+# Files name functions to call; of a file that somebody else may have written only these are called. The whole path is
+# compared: by way of a module's own imports a longer one leads anywhere.
+TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
+    "dllm_jepa.models.dream.dream_tokenizer": dream_tokenizer,
+    "dllm_jepa.models.llada.llada_tokenizer": llada_tokenizer,
+    "dllm_jepa.models.tiny.tiny_tokenizer": tiny_tokenizer,
+}
+_OF_FAMILY: dict[str, Callable[..., Tokenizer]] = {"llada": llada_tokenizer, "Dream": dream_tokenizer}
+_MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on disk, opened and checked, its weights not loaded.
+
+    Args:
+        path: its directory.
+        model: the model on the meta device.
+        tokenizer_dir: directory with its tokenizer files; None for a model that was trained with a built-in tokenizer.
+        fingerprint: what tells its weights from others.
+        tokenizer: makes its own tokenizer.
+        load: loads it into one process, in evaluation mode, from a type and a device.
+    """
+
+    path: Path
+    model: MaskedDiffusionLM
+    tokenizer_dir: Path | None
+    fingerprint: str
+    tokenizer: Callable[[], Tokenizer]
+    load: Callable[[torch.dtype, torch.device], MaskedDiffusionLM]
+
+
+def open_model(path: str | Path, *, part: str = "online", ranks: Ranks | None = None) -> ModelSource:
+    """Open a model of whatever kind.
+
+    Args:
+        path: a Hugging Face directory, an adapter (it names its base), or a training state.
+        part: of a training state, "online" or "target": the weights of the EMA target encoder with the trained head.
+        ranks: ranks that share the work of verifying a training state; all of them call this.
+
+    Raises:
+        CheckpointError: if it is none of these, is damaged, or has no such part.
+    """
+    path = Path(path)
+    if (path / _MANIFEST_NAME).is_file():
+        return _open_training_state(path, part, ranks)
+    if part != "online":
+        raise CheckpointError(f"{path} is no training state, and only these have a part {part!r}: leave out part")
+    if is_adapter_directory(path):
+        base = open_model(adapter_base(path))
+        return replace(
+            base,
+            path=path,
+            fingerprint=adapter_fingerprint(path),
+            load=lambda dtype, device: load_adapter(path, dtype=dtype, device=device),
+        )
+    if path.is_dir() and not (path / "config.json").exists() and (inside := _models_inside(path)):
+        raise CheckpointError(f"{path} is the output_dir of a run: give one of the models in it: {', '.join(inside)}")
+    origin = HFCheckpoint(path)
+    model = origin.build()
+    origin.check(model)
+    return ModelSource(
+        path,
+        model,
+        path,
+        origin.fingerprint(),
+        tokenizer=lambda: _directory_tokenizer(path, model.family),
+        load=lambda dtype, device: load_hf(path, dtype, device),
+    )
+
+
+def _models_inside(run: Path) -> list[str]:
+    """Models that a run has left, the newest training state last."""
+    exports = [run / name for name in ("hf", "hf_target", "adapter", "adapter_target")]
+    states = sorted((run / "checkpoints").glob("step_*"))[-1:]
+    return [str(path) for path in (*exports, *states) if path.is_dir()]
+
+
+def _directory_tokenizer(path: Path, family: str) -> Tokenizer:
+    return TOKENIZERS.get(tokenizer_builder(path) or "", _OF_FAMILY[family])(path)
+
+
+def _open_training_state(path: Path, part: str, ranks: Ranks | None) -> ModelSource:
+    checkpoint = SavedCheckpoint(path)
+    checkpoint.verify(ranks)
+    model = saved_model(checkpoint)
+    check_part(checkpoint, part)
+    base = checkpoint.state["base"]
+    if model.lora is not None:
+        base_source(model, checkpoint.state, None if base is None else Path(base))
+    digest = hashlib.sha256((checkpoint.path / _MANIFEST_NAME).read_bytes()).hexdigest()
+    return ModelSource(
+        path,
+        model,
+        None if base is None else Path(base),
+        f"{digest} {part}",
+        tokenizer=lambda: saved_tokenizer(checkpoint),
+        load=lambda dtype, device: _load_training_state(checkpoint, part, dtype, device),
+    )
+
+
+def _load_training_state(
+    checkpoint: SavedCheckpoint, part: str, dtype: torch.dtype, device: torch.device
+) -> MaskedDiffusionLM:
+    model = saved_model(checkpoint)
+    weights = dict(saved_weights(checkpoint, model, part, dtype))
+    if model.lora is not None:
+        # The base is read as it was published, never quantized.
+        model = saved_model(checkpoint, quantize_base=False)
+        base = checkpoint.state["base"]
+        read = base_source(model, checkpoint.state, None if base is None else Path(base)).read
+        weights |= {name: read(name) for name, _ in model.named_parameters() if name not in weights}
+    model = model.to(dtype).to_empty(device=device)
+    init_rope(model)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.copy_(weights[name])
+    return model.eval()
+
+
+def saved_model(checkpoint: SavedCheckpoint, *, quantize_base: bool | None = None) -> MaskedDiffusionLM:
+    """The model of a training state on the meta device, held against its tensors.
+
+    Args:
+        checkpoint: the training state.
+        quantize_base: in place of the setting of its adapters; None leaves it.
+
+    Raises:
+        CheckpointError: if its family is not one of this package, or its tensors do not fit.
+    """
+    saved: dict[str, Any] = checkpoint.state["model"]
+    if saved["family"] not in FAMILIES:
+        raise CheckpointError(
+            f"the checkpoint is of the family {saved['family']!r}; known: {', '.join(sorted(FAMILIES))}. A family of "
+            "your own is exported by its recipe: resume=CHECKPOINT with as many max_steps as the checkpoint has"
+        )
+    with torch.device("meta"):
+        model = FAMILIES[saved["family"]].build(TransformerSizes(**saved["sizes"]))
+        if saved.get("lora") is not None:
+            settings = LoRASettings(**saved["lora"])
+            model = add_lora(
+                model, settings if quantize_base is None else replace(settings, quantize_base=quantize_base)
+            )
+    check_trained(checkpoint, "model", model)
+    return model
+
+
+def check_part(checkpoint: SavedCheckpoint, part: str) -> None:
+    """Refuse the target encoder's weights of a run that had none.
+
+    Raises:
+        CheckpointError: if they are asked for and not there.
+    """
+    if part == "target" and not any(name.startswith("target.") for name in checkpoint.tensors):
+        raise CheckpointError(
+            f"{checkpoint.path} has no target encoder: its run had jepa_weight: 0. Take the part online"
+        )
+
+
+def base_source(model: MaskedDiffusionLM, state: dict[str, Any], base: Path | None) -> HFCheckpoint | InitialWeights:
+    """What the adapters of a training state stand on.
+
+    Args:
+        model: the model with its adapters.
+        state: what the training state says of its run.
+        base: directory of the base; None for random weights.
+
+    Raises:
+        CheckpointError: if the directory does not fit the model, or holds other weights than the run started from.
+    """
+    if base is None:
+        return InitialWeights(model, seed=state["seed"], num_layers=model.sizes.num_layers)
+    origin = HFCheckpoint(base)
+    origin.check(model)
+    if origin.fingerprint() != state["base_weights"]:
+        raise CheckpointError(
+            f"the adapters were trained on other weights than those of {base}; give the directory of their base, which "
+            f"was {state['base']}, by --like"
+        )
+    return origin
+
+
+def saved_weights(
+    checkpoint: SavedCheckpoint, model: MaskedDiffusionLM, part: str, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The trained tensors of a model; of a target encoder the averages, beside what has none.
+
+    Args:
+        checkpoint: the training state.
+        model: its model.
+        part: "online" or "target".
+        dtype: type of the tensors; adapters are always fp32.
+
+    Yields:
+        Parameter names of the model, and tensors on the CPU.
+    """
+    for name in trained_tensors(model):
+        average = f"target.{name if model.lora is not None else name.removeprefix('backbone.')}"
+        is_average = part == "target" and average in checkpoint.tensors
+        saved = average if is_average else f"trained.model.{name}"
+        yield name, checkpoint.read(saved, dtype if model.lora is None else torch.float32)
+
+
+def saved_tokenizer(checkpoint: SavedCheckpoint) -> Tokenizer:
+    """The tokenizer of the run that saved a training state.
+
+    Raises:
+        CheckpointError: if it is not of this package.
+    """
+    config: Any = OmegaConf.load(checkpoint.config)
+    arguments = {str(key): value for key, value in config.tokenizer.items()}
+    path = arguments.pop("_component_")
+    if path not in TOKENIZERS:
+        raise CheckpointError(
+            f"the run's tokenizer {path} is not of this package, and code that a checkpoint names is not run; give a "
+            "directory with its files and config.json by --like"
+        )
+    return TOKENIZERS[path](**arguments)

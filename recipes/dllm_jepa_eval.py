@@ -1,0 +1,160 @@
+"""Score a trained model on a task: items in, generations and scores out.
+
+One process, or any number of them; every rank holds a whole model and takes its share of the batches:
+
+    tune run dllm_jepa_eval --config eval_gsm8k checkpoint_dir=LLaDA-8B-Instruct output_dir=runs/eval num_shots=4
+    tune run --nproc_per_node 8 dllm_jepa_eval --config eval_gsm8k checkpoint_dir=runs/gsm8k/hf output_dir=runs/eval_8
+
+An evaluation that was interrupted goes on with resume=auto. Two of them are compared by `dllm-jepa compare A B`.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchtune.config import instantiate
+from tqdm import tqdm
+
+from dllm_jepa import config, training
+from dllm_jepa.errors import CheckpointError
+from dllm_jepa.evals import EvalTask, ItemResult, ResultsFolder, RunningScores, compare, summarize, table
+from dllm_jepa.models import MaskedDiffusionLM
+from dllm_jepa.trained_model import ModelSource, open_model
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class DLLMJEPAEvalRecipe:
+    """Evaluates a model, and a base to compare it with, on the items of one task.
+
+    Args:
+        cfg: checked config; docs/configs.md lists its keys.
+        ranks: the processes.
+    """
+
+    def __init__(self, cfg: DictConfig, ranks: training.Ranks) -> None:
+        """Hold on to what the evaluation is made from; `setup` builds its parts."""
+        self.cfg = cfg
+        self.ranks = ranks
+        self.folder = ResultsFolder(Path(cfg.output_dir))
+        self.base_folder = ResultsFolder(Path(cfg.output_dir) / "base")
+
+    def setup(self) -> None:
+        """Build task and batches; all that the user may have got wrong comes before weights are loaded."""
+        cfg = self.cfg
+        self.source = open_model(cfg.checkpoint_dir, part=cfg.part, ranks=self.ranks)
+        self.base = None if cfg.base_dir is None else open_model(cfg.base_dir, ranks=self.ranks)
+        self.tokenizer = self.setup_tokenizer()
+        self.task = self.setup_task()
+        for source in filter(None, (self.source, self.base)):
+            if self.tokenizer.vocab_size > source.model.sizes.vocab_size:
+                raise CheckpointError(
+                    f"{source.path} scores {source.model.sizes.vocab_size} ids, but the tokenizer has ids up to "
+                    f"{self.tokenizer.vocab_size - 1}: give the tokenizer of the model"
+                )
+            self.task.check_context(source.model.sizes.max_seq_len)
+        # Longest first: what does not fit into memory shows at once, and the ranks end together.
+        order = sorted(range(len(self.task.lengths)), key=lambda item: (-self.task.lengths[item], item))
+        self.batches = [order[start : start + cfg.batch_size] for start in range(0, len(order), cfg.batch_size)]
+
+    def setup_tokenizer(self) -> Any:
+        """The tokenizer that the config names, on the files of the model, or the model's own."""
+        if self.cfg.tokenizer is None:
+            return self.source.tokenizer()
+        path = [] if "path" in self.cfg.tokenizer else [self.source.tokenizer_dir]
+        return instantiate(self.cfg.tokenizer, *path)
+
+    def setup_task(self) -> EvalTask:
+        """The task, with the decoding and the number of shots if it has any."""
+        cfg = self.cfg
+        decoding = [] if cfg.decoding is None else [instantiate(cfg.decoding)]
+        shots = {} if cfg.num_shots is None else {"num_shots": cfg.num_shots}
+        task: EvalTask = instantiate(
+            cfg.task,
+            self.tokenizer,
+            *decoding,
+            **shots,
+            seed=cfg.seed,
+            max_items=cfg.max_items,
+            progress=self.ranks.is_rank_zero,
+        )
+        return task
+
+    def run(self) -> None:
+        """Evaluate the model, then the base; show what came out."""
+        scores = self.evaluate(self.source, self.folder, self.cfg.part)
+        if self.ranks.is_rank_zero:
+            print(f"\n{self.source.path}\n{table(scores)}")
+        if self.base is None:
+            return
+        self.evaluate(self.base, self.base_folder, "online")
+        if self.ranks.is_rank_zero:
+            print(f"\n{compare(self.base_folder.path, self.folder.path)}")
+
+    def evaluate(self, source: ModelSource, folder: ResultsFolder, part: str) -> dict[str, Any]:
+        """Evaluate the batches that are not finished; returns what scores.json holds."""
+        cfg = self.cfg
+        facts = {"model": source.fingerprint, "part": part, "dtype": cfg.dtype, "batch_size": cfg.batch_size}
+        facts |= {"seed": cfg.seed} | self.task.facts()
+        done = self.ranks.on_rank_zero(lambda: folder.open(facts, resume=cfg.resume == "auto"))
+        if not self.ranks.on_rank_zero(lambda: folder.is_finished):
+            left = [batch for batch in range(len(self.batches)) if batch not in done]
+            self.evaluate_batches(source, folder, left[self.ranks.rank :: self.ranks.world_size])
+        self.ranks.gather_objects(None)  # all parts are written
+        return self.ranks.on_rank_zero(lambda: self.write_scores(source, folder, facts))
+
+    def evaluate_batches(self, source: ModelSource, folder: ResultsFolder, batches: list[int]) -> None:
+        """Evaluate this rank's batches, each of which is kept as soon as it is finished."""
+        if not batches:
+            return
+        model: MaskedDiffusionLM = source.load(DTYPES[self.cfg.dtype], self.ranks.device)
+        num_items = sum(len(self.batches[batch]) for batch in batches)
+        running = RunningScores()
+        name = "items" if self.ranks.world_size == 1 else f"items of rank 0, one of {self.ranks.world_size}"
+        with tqdm(total=num_items, desc=name, unit="item", disable=not self.ranks.is_rank_zero) as bar:
+            for batch in batches:
+                start = time.perf_counter()
+                results: list[ItemResult] = self.task.evaluate(
+                    model, self.batches[batch], batch_size=self.cfg.batch_size
+                )
+                folder.append(self.ranks.rank, batch, results, time.perf_counter() - start)
+                running.add(results)
+                bar.set_postfix_str(str(running), refresh=False)
+                bar.update(len(results))
+
+    def write_scores(self, source: ModelSource, folder: ResultsFolder, facts: dict[str, Any]) -> dict[str, Any]:
+        """Merge the parts and write scores.json; on rank zero."""
+        rows, seconds = folder.merge()
+        num_tokens = sum(row["num_tokens"] for row in rows)
+        scores = {
+            "scores": summarize(rows),
+            "num_items": len(rows),
+            "seconds": seconds,
+            "tokens_per_second": num_tokens / seconds,
+            "checkpoint_dir": str(source.path),
+            "facts": facts,
+            "remarks": self.task.remarks(),
+            "config": OmegaConf.to_container(self.cfg, resolve=True),
+        }
+        folder.finish(scores)
+        return scores
+
+
+@config.parse(schema=config.EVALUATION)
+def recipe_main(cfg: DictConfig) -> None:
+    """Join the other ranks, claim the output directory, evaluate."""
+    with training.Ranks.join(cfg.device) as ranks, training.locked(Path(cfg.output_dir), ranks):
+        recipe = DLLMJEPAEvalRecipe(cfg, ranks)
+        recipe.setup()
+        try:
+            recipe.run()
+        except KeyboardInterrupt:
+            print(f"interrupted: finished items are in {cfg.output_dir}; go on by resume=auto", file=sys.stderr)
+            sys.exit(130)
+
+
+if __name__ == "__main__":
+    recipe_main()

@@ -1,0 +1,100 @@
+"""The folder of an evaluation: kept batches, refusals, merging, and lines that a kill cut off."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dllm_jepa.errors import LaunchError
+from dllm_jepa.evals import ItemResult, ResultsFolder, Score
+
+FACTS = {"model": "abc", "task": {"name": "gsm8k", "sha256": "123"}, "batch_size": 2}
+
+
+def result(item: int) -> ItemResult:
+    return ItemResult(item, f"line {item}", Score({"strict": item % 2 == 0}), 3, {"prediction": f"p{item}"})
+
+
+def test_batches_of_all_ranks_come_back_in_the_order_of_the_items(tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path / "eval")
+    assert folder.open(FACTS, resume=False) == set()
+    folder.append(0, 0, [result(3), result(0)], 1.5)
+    folder.append(1, 1, [result(1), result(2)], 2.0)
+    rows, seconds = folder.merge()
+    assert [row["item"] for row in rows] == [0, 1, 2, 3] and seconds == 3.5
+    assert rows[3] == {
+        "item": 3,
+        "name": "line 3",
+        "measures": {"strict": False},
+        "num_tokens": 3,
+        "prediction": "p3",
+    }
+    assert [json.loads(line) for line in folder.generations.read_text().splitlines()] == rows
+    assert not folder.is_finished
+    folder.finish({"seconds": seconds})
+    assert folder.is_finished and folder.merge() == (rows, seconds)
+    assert sorted(path.name for path in folder.path.iterdir()) == ["facts.json", "generations.jsonl", "scores.json"]
+
+
+def test_finished_batches_are_found_again_by_any_number_of_ranks(tmp_path: Path) -> None:
+    ResultsFolder(tmp_path).open(FACTS, resume=True)
+    ResultsFolder(tmp_path).append(1, 4, [result(8)], 1.0)
+    assert ResultsFolder(tmp_path).open(FACTS, resume=True) == {4}
+
+
+@pytest.mark.parametrize("cut", [1, 20, 60])
+def test_a_line_that_was_cut_off_is_no_finished_batch(tmp_path: Path, cut: int) -> None:
+    folder = ResultsFolder(tmp_path)
+    folder.open(FACTS, resume=True)
+    folder.append(0, 0, [result(0)], 1.0)
+    folder.append(0, 1, [result(1)], 1.0)
+    part = tmp_path / "parts" / "00000.jsonl"
+    part.write_bytes(part.read_bytes()[:-cut])
+    complete = {0, 1} if cut == 1 else {0}  # only the line break is missing
+    assert folder.open(FACTS, resume=True) == complete
+    folder.append(0, 2, [result(2)], 1.0)
+    assert folder.open(FACTS, resume=True) == complete | {2}
+    assert [row["item"] for row in folder.merge()[0]] == sorted(complete | {2})
+
+
+def test_a_batch_that_two_ranks_did_counts_once(tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path)
+    folder.open(FACTS, resume=False)
+    for rank in (0, 1):
+        folder.append(rank, 0, [result(0), result(1)], 2.0)
+    rows, seconds = folder.merge()
+    assert [row["item"] for row in rows] == [0, 1] and seconds == 2.0
+
+
+def test_an_evaluation_is_not_overwritten_nor_mixed_with_another(tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path)
+    folder.open(FACTS, resume=False)
+    folder.append(0, 0, [result(0)], 1.0)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(LaunchError, match="already holds an evaluation.*resume=auto"):
+        folder.open(FACTS, resume=False)
+    other = FACTS | {"task": {"name": "gsm8k", "sha256": "999"}, "batch_size": 4}
+    with pytest.raises(LaunchError) as raised:
+        folder.open(other, resume=True)
+    lines = str(raised.value).splitlines()
+    assert lines[1:] == ['  task.sha256: "123" there, "999" now', "  batch_size: 2 there, 4 now"]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_facts_are_compared_as_json_holds_them(tmp_path: Path) -> None:
+    facts = {"interval": (0.0, 1.0), "shots": None}
+    ResultsFolder(tmp_path).open(facts, resume=False)
+    assert ResultsFolder(tmp_path).open(facts, resume=True) == set()
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]"])
+def test_damaged_facts_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "facts.json").write_bytes(content)
+    with pytest.raises(LaunchError, match=r"facts\.json cannot be read"):
+        ResultsFolder(tmp_path).open(FACTS, resume=True)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LaunchError, match="cannot be written"):
+        ResultsFolder(tmp_path / "file").open(FACTS, resume=False)

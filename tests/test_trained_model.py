@@ -1,0 +1,123 @@
+"""Opening any model by its directory: the same weights as what wrote them, and one message for what is none."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dllm_jepa.errors import CheckpointError
+from dllm_jepa.models import load_hf
+from dllm_jepa.models.tiny._tokenizer import TinyTokenizer
+from dllm_jepa.trained_model import open_model
+from tests.launching import SMALL_LORA, run_here
+
+CPU = torch.device("cpu")
+TOKENS = torch.tensor([[3, 8, 500, 17, 4, 9]])
+EVERY_STEP = "checkpoint.every_n_steps=2"
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short full run with both models exported."""
+    run = tmp_path_factory.mktemp("full") / "run"
+    run_here(run, "max_steps=2", EVERY_STEP, "export=both")
+    return run
+
+
+@pytest.fixture(scope="module")
+def lora_run(full_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of adapters on the model of the full run."""
+    run = tmp_path_factory.mktemp("lora") / "run"
+    lora = [f"checkpoint_dir={full_run / 'hf'}", "max_steps=2", EVERY_STEP, "export=both", "export_merged=true"]
+    run_here(run, *lora, recipe="dllm_jepa_lora", base=SMALL_LORA)
+    return run
+
+
+def logits(path: Path, part: str = "online", dtype: torch.dtype = torch.float32) -> Tensor:
+    with torch.no_grad():
+        model = open_model(path, part=part).load(dtype, CPU)
+        assert not model.training and {param.dtype for param in model.parameters()} == {dtype}
+        return model.token_logits(TOKENS).float()
+
+
+def state_of(run: Path) -> Path:
+    return run / "checkpoints" / "step_00000002"
+
+
+@pytest.mark.parametrize(("part", "export"), [("online", "hf"), ("target", "hf_target")])
+def test_a_training_state_is_the_model_that_its_run_exports(full_run: Path, part: str, export: str) -> None:
+    expected = load_hf(full_run / export).token_logits(TOKENS)
+    assert torch.equal(logits(full_run / export), expected)
+    assert torch.equal(logits(state_of(full_run), part), expected)
+    other = "target" if part == "online" else "online"
+    assert not torch.equal(logits(state_of(full_run), other), expected)
+
+
+@pytest.mark.parametrize(("part", "export"), [("online", "adapter"), ("target", "adapter_target")])
+def test_an_adapter_stands_on_its_base(lora_run: Path, full_run: Path, part: str, export: str) -> None:
+    of_adapter = logits(lora_run / export)
+    assert torch.equal(of_adapter, logits(state_of(lora_run), part))
+    assert (of_adapter - logits(full_run / "hf")).abs().max() > 1e-6
+    if part == "online":
+        torch.testing.assert_close(of_adapter, logits(lora_run / "hf"), atol=1e-5, rtol=0)
+    assert open_model(lora_run / export).tokenizer_dir == full_run / "hf"
+
+
+def test_the_tokenizer_is_found_for_every_kind(full_run: Path, lora_run: Path) -> None:
+    for path in (full_run / "hf", state_of(full_run), lora_run / "adapter", state_of(lora_run)):
+        tokenizer = open_model(path).tokenizer()
+        assert isinstance(tokenizer, TinyTokenizer), path
+        assert tokenizer.decode(tokenizer.encode("lines with a number")) == "lines with a number"
+
+
+def test_a_tokenizer_that_a_file_names_is_not_called_unless_it_is_ours(full_run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(full_run / "hf", tmp_path / "hf")
+    file = copy / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    assert config["dllm_jepa.tokenizer"] == "dllm_jepa.models.tiny.tiny_tokenizer"
+    file.write_text(json.dumps(config | {"dllm_jepa.tokenizer": "os.getcwd"}))
+    assert not isinstance(open_model(copy).tokenizer(), TinyTokenizer | str)  # that of the family
+
+
+def test_fingerprints_differ_where_weights_do(full_run: Path, lora_run: Path) -> None:
+    sources = [open_model(path) for path in (full_run / "hf", full_run / "hf_target", state_of(full_run))]
+    sources += [open_model(state_of(full_run), part="target"), open_model(state_of(lora_run))]
+    sources += [open_model(lora_run / name) for name in ("adapter", "adapter_target", "hf")]
+    assert len({source.fingerprint for source in sources}) == len(sources)
+    assert open_model(full_run / "hf").fingerprint == sources[0].fingerprint
+
+
+def test_bf16_weights(full_run: Path) -> None:
+    difference = (logits(full_run / "hf", dtype=torch.bfloat16) - logits(full_run / "hf")).abs().max()
+    assert 0 < difference < 0.1
+
+
+def test_what_is_no_model_is_one_message(full_run: Path, lora_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is the output_dir of a run: .*hf, .*hf_target, .*step_00000002"):
+        open_model(full_run)
+    with pytest.raises(CheckpointError, match="no config.json"):
+        open_model(tmp_path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        open_model(tmp_path / "absent")
+    for path in (full_run / "hf", lora_run / "adapter"):
+        with pytest.raises(CheckpointError, match="no training state"):
+            open_model(path, part="target")
+
+
+def test_a_damaged_training_state_is_refused(full_run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(state_of(full_run), tmp_path / "step_00000002")
+    (largest,) = sorted(copy.glob("*.distcp"), key=lambda path: path.stat().st_size)[-1:]
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        open_model(copy)
+
+
+def test_a_run_without_target_encoder_has_no_such_part(tmp_path: Path) -> None:
+    run_here(tmp_path / "run", "max_steps=2", EVERY_STEP, "jepa_weight=0")
+    with pytest.raises(CheckpointError, match="has no target encoder"):
+        open_model(state_of(tmp_path / "run"), part="target")
