@@ -86,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--merged", action="store_true", help="of LoRA: the base with the adapter merged into it")
     export.set_defaults(command=_export)
 
+    compare = commands.add_parser("compare", help="compare two evaluations on the same items")
+    compare.add_argument("a", type=Path, help="output_dir of an evaluation, such as the baseline's")
+    compare.add_argument("b", type=Path, help="output_dir of another one")
+    compare.set_defaults(command=_compare)
+
     # Only for --help; `main` sends the words on to `tune run`.
     commands.add_parser("run", help="run a recipe, with any options of torchrun", usage=_RUN_USAGE)
     return parser
@@ -163,6 +168,8 @@ def _memory(arguments: argparse.Namespace) -> None:
         if OmegaConf.is_missing(cfg, key):
             cfg[key] = "."
     schema = config.schema_of(resolve_config(name).read_text(encoding="utf-8"))
+    if schema not in (config.TRAINING, config.LORA):
+        raise ConfigError(f"{name} is no config of a training recipe: only a training step's memory is computed")
     cfg = config.with_defaults(cfg, schema)
     if arguments.gpus < 1:
         raise ConfigError(f"--gpus: {arguments.gpus} given, must be at least 1")
@@ -218,6 +225,13 @@ def _export(arguments: argparse.Namespace) -> None:
         merged=arguments.merged,
     )
     print(f"wrote {arguments.out}")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    """Print the paired table of two evaluations."""
+    from dllm_jepa.evals import compare  # seconds to import
+
+    print(compare(arguments.a, arguments.b))
 
 
 def _run(words: list[str]) -> None:

@@ -85,14 +85,22 @@ class DLLMJEPAEvalRecipe:
 
     def run(self) -> None:
         """Evaluate the model, then the base; show what came out."""
-        scores = self.evaluate(self.source, self.folder, self.cfg.part)
-        if self.ranks.is_rank_zero:
-            print(f"\n{self.source.path}\n{table(scores)}")
+        self.show(self.evaluate(self.source, self.folder, self.cfg.part))
         if self.base is None:
             return
         self.evaluate(self.base, self.base_folder, "online")
         if self.ranks.is_rank_zero:
-            print(f"\n{compare(self.base_folder.path, self.folder.path)}")
+            print(f"\nA is the base.\n{compare(self.base_folder.path, self.folder.path)}")
+
+    def show(self, scores: dict[str, Any]) -> None:
+        """Print the table of the scores; on rank zero."""
+        if not self.ranks.is_rank_zero:
+            return
+        print(f"\n{scores['checkpoint_dir']}\n\n{table(scores['scores'])}\n")
+        print(f"{scores['seconds']:,.1f} s, {scores['tokens_per_second']:,.0f} tokens/s per process")
+        for name, remark in scores["remarks"].items():
+            print(f"{name}: {remark}")
+        print(f"written to {self.folder.path}")
 
     def evaluate(self, source: ModelSource, folder: ResultsFolder, part: str) -> dict[str, Any]:
         """Evaluate the batches that are not finished; returns what scores.json holds."""

@@ -50,6 +50,25 @@ def run_here(
     return metrics(output_dir)
 
 
+# An evaluation on held-out pairs, small enough for seconds.
+SMALL_EVAL = [
+    "--config",
+    "tiny_eval",
+    "task.num_pairs=6",
+    "decoding.gen_length=8",
+    "decoding.block_length=8",
+    "decoding.steps=8",
+    "batch_size=4",
+]
+
+
+def eval_here(output_dir: Path, *overrides: str) -> dict[str, Any]:
+    """Evaluate in this process; returns what scores.json holds."""
+    with patch.object(sys, "argv", ["dllm_jepa_eval", *SMALL_EVAL, f"output_dir={output_dir}", *overrides]):
+        importlib.import_module("dllm_jepa_eval").recipe_main()
+    return json.loads((output_dir / "scores.json").read_text())
+
+
 def run_on_ranks(
     num_ranks: int, runs: dict[Path, list[str]], *, recipe: str = "dllm_jepa_full", base: list[str] = SMALL
 ) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_jepa.errors import LaunchError
+from dllm_jepa.evals._facts import differences
 from dllm_jepa.evals._score import ItemResult
 from dllm_jepa.files import write_atomically
 
@@ -44,7 +45,7 @@ class ResultsFolder:
             resume: whether to go on with what is there.
 
         Returns:
-            The batches that are finished.
+            The batches that are finished, if it is not as a whole.
 
         Raises:
             LaunchError: if it holds an evaluation and `resume` does not ask to go on with it, or that was another one,
@@ -56,11 +57,14 @@ class ResultsFolder:
                 f"{self.path} already holds an evaluation; nothing is overwritten: choose another output_dir, or go on "
                 "with it by resume=auto"
             )
-        if held is not None and (differences := _differences(held, json.loads(json.dumps(facts)))):
+        if held is not None and (found := differences(held, json.loads(json.dumps(facts)))):
+            lines = [f"{key}: {json.dumps(then)} there, {json.dumps(now)} now" for key, (then, now) in found.items()]
             raise LaunchError(
                 f"{self.path} holds another evaluation, and the two are not mixed; choose another output_dir. They "
-                "differ in\n  " + "\n  ".join(differences)
+                "differ in\n  " + "\n  ".join(lines)
             )
+        if self.is_finished:
+            return set()
         try:
             self._parts.mkdir(parents=True, exist_ok=True)
             if held is None:
@@ -71,7 +75,7 @@ class ResultsFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the scores are written."""
+        """Whether all of it is done."""
         return self.scores.exists()
 
     def append(self, rank: int, batch: int, results: Sequence[ItemResult], seconds: float) -> None:
@@ -99,7 +103,7 @@ class ResultsFolder:
         Returns:
             The rows in the order of the items, and the seconds of all batches together.
         """
-        if not self._parts.exists():
+        if self.is_finished:
             rows = [json.loads(line) for line in self.generations.read_text(encoding="utf-8").splitlines()]
             return rows, float(json.loads(self.scores.read_text(encoding="utf-8"))["seconds"])
         # A batch that two ranks have done, of whom one was killed, counts once.
@@ -131,14 +135,3 @@ class ResultsFolder:
                     yield json.loads(line)
                 except ValueError:
                     continue  # cut off when the process was killed: that batch is not finished
-
-
-def _differences(held: Mapping[str, Any], present: Mapping[str, Any], prefix: str = "") -> list[str]:
-    lines = []
-    for key in [*held, *(key for key in present if key not in held)]:
-        then, now = held.get(key), present.get(key)
-        if isinstance(then, dict) and isinstance(now, dict):
-            lines += _differences(then, now, f"{prefix}{key}.")
-        elif then != now:
-            lines.append(f"{prefix}{key}: {json.dumps(then)} there, {json.dumps(now)} now")
-    return lines
