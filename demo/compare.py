@@ -7,16 +7,18 @@ It goes on where it stopped: a run that is scored is not trained again.
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import claim_folder, command_line, train
+from launch import claim_folder, command_line, launch
 from report import MAX_SEEDS, Arm, read_scores, write_comparison
-from scoring import SCORES_NAME, score_run
+from scoring import EVAL_NAME, MEASURE, SCORES_NAME, score_run
 
 from dllm_jepa.errors import LaunchError, UserError
 
+RECIPE = "dllm_jepa_full"
 COMMAND_NAME = "command.txt"
 ARMS = {
     "diffusion": ("diffusion only", ["jepa_weight=0"]),
@@ -66,7 +68,7 @@ def finish_run(run_dir: Path, num_items: int, overrides: Sequence[str]) -> None:
     """
     # A run that was interrupted has saved no state and starts anew; `auto` lets it have its folder again.
     arguments = ["--config", "tiny", f"output_dir={run_dir}", "resume=auto", *overrides]
-    command = command_line(arguments)
+    command = command_line(RECIPE, arguments)
     note = run_dir / COMMAND_NAME
     if note.exists() and note.read_text("utf-8").strip() != command:
         raise LaunchError(
@@ -77,10 +79,11 @@ def finish_run(run_dir: Path, num_items: int, overrides: Sequence[str]) -> None:
     note.write_text(command + "\n", "utf-8")
     is_trained = (run_dir / "hf").exists()
     if not is_trained:
-        train(arguments)
+        launch(RECIPE, arguments)
     if not is_trained or not (run_dir / SCORES_NAME).exists() or read_scores(run_dir)["n"] != num_items:
+        shutil.rmtree(run_dir / EVAL_NAME, ignore_errors=True)  # of fewer or more items, or of a run done anew
         score_run(run_dir, num_items=num_items, command=command)
-    print(f"{run_dir}: exact match {read_scores(run_dir)['exact_match']:.1%}", flush=True)
+    print(f"{run_dir}: functional match {read_scores(run_dir)[MEASURE]:.1%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def diffusion_losses(arms: Mapping[str, Sequence[Rows]]) -> Figure:
 
 
 def scores_by_arm(arms: Mapping[str, Sequence[float]], intervals: Mapping[str, tuple[float, float] | None]) -> Figure:
-    """Exact match of every seed as a dot, its mean as a bar, and the interval of the mean where there is one."""
+    """Functional match of every seed as a dot, its mean as a bar, and the interval of the mean where there is one."""
     figure, (axes,) = _panels(1)
     for place, ((name, scores), colour) in enumerate(zip(arms.items(), ARM_COLOURS, strict=False)):
         percent = 100 * np.array(scores)
@@ -146,7 +146,7 @@ def scores_by_arm(arms: Mapping[str, Sequence[float]], intervals: Mapping[str, t
     axes.set_xticks(range(len(arms)), list(arms))
     axes.set_ylim(0, 100)
     axes.set_xlim(-0.5, len(arms) - 0.5)
-    _plain(axes, "exact match (%)")
+    _plain(axes, "functional match (%)")
     return figure
 
 

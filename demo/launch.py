@@ -1,4 +1,4 @@
-"""Start a training run from a script, and keep the folders that scripts write to apart from the user's own."""
+"""Start a recipe from a script, and keep the folders that scripts write to apart from the user's own."""
 
 import shutil
 import subprocess
@@ -36,15 +36,16 @@ def claim_folder(path: Path, *, keep: bool = False) -> None:
     marker.write_text(_MARKER_TEXT, "utf-8")
 
 
-def command_line(arguments: Sequence[str]) -> str:
-    """The command that `train` runs, as a user would type it."""
-    return " ".join([_TUNE, "run", "dllm_jepa_full", *arguments])
+def command_line(recipe: str, arguments: Sequence[str]) -> str:
+    """The command that `launch` runs, as a user would type it."""
+    return " ".join([_TUNE, "run", recipe, *arguments])
 
 
-def train(arguments: Sequence[str]) -> None:
-    """Run the full recipe in a process of its own, on all CPU cores.
+def launch(recipe: str, arguments: Sequence[str]) -> None:
+    """Run a recipe in a process of its own, on all CPU cores.
 
     Args:
+        recipe: its name.
         arguments: `--config`, its value, and overrides.
 
     Raises:
@@ -53,7 +54,7 @@ def train(arguments: Sequence[str]) -> None:
     tune = Path(sys.executable).with_name(_TUNE)
     if not tune.exists():
         raise LaunchError(f"{tune} does not exist: install the project into this environment (make install)")
-    print("$", command_line(arguments), flush=True)
-    code = subprocess.run([str(tune), "run", "dllm_jepa_full", *arguments], check=False).returncode
+    print("$", command_line(recipe, arguments), flush=True)
+    code = subprocess.run([str(tune), "run", recipe, *arguments], check=False).returncode
     if code != 0:
-        raise LaunchError(f"training ended with exit code {code}; its last lines say why")
+        raise LaunchError(f"{recipe} ended with exit code {code}; its last lines say why")

@@ -19,7 +19,9 @@ from typing import Any
 import figures
 import jinja2
 from matplotlib.figure import Figure
-from scoring import EXAMPLES_NAME, GENERATIONS_NAME, SCORES_NAME, read_metrics, wilson_interval
+from scoring import EVAL_NAME, EXAMPLES_NAME, MEASURE, SCORES_NAME, read_metrics, read_rows
+
+from dllm_jepa.evals import wilson_interval
 
 REPORT_NAME = "report.html"
 NUM_MISTAKES = 10
@@ -45,20 +47,20 @@ class Arm:
 def write_report(run_dir: Path) -> Path:
     """Write report.html and its curves for a scored run; returns the path of the report."""
     rows, scores = read_metrics(run_dir), read_scores(run_dir)
-    generations = [json.loads(line) for line in (run_dir / GENERATIONS_NAME).read_text("utf-8").splitlines()]
+    generations = read_rows(run_dir / EVAL_NAME)
     before = "the model before this training" if scores["started_from"] else "the untrained model"
     page = _environment().get_template("run.html")
     html = page.render(
         scores=scores,
-        correct=round(scores["exact_match"] * scores["n"]),
+        correct=round(scores[MEASURE] * scores["n"]),
         score_rows=[
-            _score_row("the trained model", scores, "exact_match"),
+            _score_row("the trained model", scores, MEASURE),
             _score_row(before, scores, "untrained"),
             _score_row("the best constant answer,", scores, "constant", scores["constant_answer"]),
         ],
         examples=[_example(example) for example in json.loads((run_dir / EXAMPLES_NAME).read_text("utf-8"))],
-        mistakes=[row for row in generations if not row["correct"]][:NUM_MISTAKES],
-        generations_name=GENERATIONS_NAME,
+        mistakes=[row for row in generations if not row["measures"][MEASURE]][:NUM_MISTAKES],
+        generations_name=f"{EVAL_NAME}/generations.jsonl",
         figures=_run_figures(run_dir, rows),
         config=(run_dir / "config.yaml").read_text("utf-8"),
     )
@@ -70,7 +72,7 @@ def write_report(run_dir: Path) -> Path:
 def write_comparison(output_dir: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> Path:
     """Write report.html and its curves for scored runs of several arms, the baseline first; returns its path."""
     scores = {arm.name: [read_scores(run) for run in arm.runs] for arm in arms}
-    shares = {name: [float(score["exact_match"]) for score in found] for name, found in scores.items()}
+    shares = {name: [float(score[MEASURE]) for score in found] for name, found in scores.items()}
     intervals = {name: t_interval(values) for name, values in shares.items()}
     num_items = {score["n"] for found in scores.values() for score in found}
     assert len(num_items) == 1, f"the runs were scored on different numbers of items: {num_items}"
@@ -207,7 +209,7 @@ def _comparison_figures(
             output_dir,
             "scores",
             figures.scores_by_arm(shares, intervals),
-            "Exact match. Dots: seeds. Thick line: their mean. Thin line: its 95 % interval.",
+            "Functional match. Dots: seeds. Thick line: their mean. Thin line: its 95 % interval.",
         ),
         _save(
             output_dir,

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import importlib
 import json
 import math
 import re
@@ -13,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from dllm_jepa.data import generate_regex_pairs
-from dllm_jepa.errors import LaunchError
-from dllm_jepa.generation import BlockDecoding
+from dllm_jepa.errors import ConfigError, LaunchError
+from dllm_jepa.evals import nlrx
 from dllm_jepa.models import load_hf
 from dllm_jepa.models.tiny import tiny_tokenizer
+from tests.launching import run_here
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "demo"))  # as `python demo/run.py` does
@@ -70,14 +71,23 @@ def write_run(run_dir: Path, **changes: Any) -> dict[str, Any]:
     ]
     (run_dir / scoring.EXAMPLES_NAME).write_text(json.dumps(examples))
     generations = [
-        {"description": f"item {number}", "regex": f"x{number}&y", "answer": f"z{number}&y", "correct": number % 3 == 0}
+        {
+            "question": f"item {number}",
+            "gold": f"x{number}&y",
+            "prediction": f"z{number}&y",
+            "measures": {"functional_match": number % 3 == 0},
+        }
         for number in range(40)
     ]
-    (run_dir / scoring.GENERATIONS_NAME).write_text("".join(json.dumps(row) + "\n" for row in generations))
+    (run_dir / scoring.EVAL_NAME).mkdir(exist_ok=True)
+    (run_dir / scoring.EVAL_NAME / "generations.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in generations)
+    )
     scores = {
         "n": 40,
-        "exact_match": 0.35,
-        "exact_match_interval": [0.2213, 0.5049],
+        "functional_match": 0.35,
+        "functional_match_interval": [0.2213, 0.5049],
+        "exact_match": 0.325,
         "untrained": 0.025,
         "untrained_interval": [0.0044, 0.1288],
         "constant": 0.075,
@@ -134,6 +144,7 @@ def test_the_report_shows_the_scores_of_the_files(page: tuple[Path, str]) -> Non
         "note: a < b & c",
         "61,830 tokens trained on; 40 answers generated in 17 s",
         "of the last 192 pooled embeddings",
+        "the trained model has 32.5 %",
     ):
         assert shown in words
 
@@ -234,7 +245,7 @@ def test_a_comparison_shows_means_intervals_and_paired_differences(tmp_path: Pat
     shares = {"base": (0.50, 0.54), "more": (0.60, 0.65), "same": (0.49, 0.56)}
     for name, values in shares.items():
         for seed, share in enumerate(values):
-            write_run(tmp_path / f"{name}{seed}", exact_match=share, command=f"train {name} {seed}")
+            write_run(tmp_path / f"{name}{seed}", functional_match=share, command=f"train {name} {seed}")
     arms = [report.Arm(name, [tmp_path / f"{name}{seed}" for seed in (0, 1)]) for name in shares]
     text = report.write_comparison(tmp_path, arms, [0, 1]).read_text()
     rows = rows_of(text)
@@ -250,7 +261,7 @@ def test_a_comparison_shows_means_intervals_and_paired_differences(tmp_path: Pat
 
 def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
-    write_run(tmp_path / "b", exact_match=0.9)
+    write_run(tmp_path / "b", functional_match=0.9)
     arms = [report.Arm(name, [tmp_path / name]) for name in "ab"]
     rows = rows_of(report.write_comparison(tmp_path, arms, [0]).read_text())
     assert ["b", "90.0 %", "90.0 %", "needs 2 seeds", "3 min 54 s"] in rows
@@ -263,108 +274,80 @@ def tiny_config(**changes: Any) -> DictConfig:
     return OmegaConf.merge(cfg, {"model": sizes}, changes)
 
 
-class Oracle:
-    """Knows the answers to some prompts and writes "dog" for all others."""
+@pytest.fixture(scope="module")
+def scored_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run, scored as the demo does but in this process."""
+    run_dir = tmp_path_factory.mktemp("scored") / "run"
+    run_here(run_dir, "export=online", "max_steps=2", "dataset.canvas_tokens=8", "dataset.task=second")
 
-    def __init__(self, answers: dict[tuple[int, ...], list[int]], vocab_size: int, fallback: list[int]) -> None:
-        self.answers, self.vocab_size, self.fallback = answers, vocab_size, fallback
+    def in_this_process(recipe: str, arguments: list[str]) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [recipe, *arguments])
+            importlib.import_module(recipe).recipe_main()
 
-    def parameters(self) -> list[Tensor]:
-        return [torch.zeros(3)]
-
-    def __call__(
-        self, tokens: Tensor, *, attention_mask: Tensor | None = None, logits_at: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        logits = torch.zeros(len(logits_at), self.vocab_size)
-        for place, position in enumerate(logits_at.tolist()):
-            row, column = divmod(position, tokens.size(1))
-            prompt = next((p for p in self.answers if tuple(tokens[row, : len(p)].tolist()) == p), None)
-            start = len(prompt) if prompt else int(tokens[row].eq(self.fallback[0]).nonzero()[-1]) + 1
-            answer = self.answers.get(prompt, self.fallback[1:])
-            logits[place, (answer + [self.fallback[-1]] * 99)[column - start]] = 9.0
-        return tokens, logits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "launch", in_this_process)
+        scoring.score_run(run_dir, num_items=12, command="the command")
+    return run_dir
 
 
-def test_scores_of_a_model_that_knows_some_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = tiny_tokenizer()
-    cfg = tiny_config()
-    items = scoring.heldout_items(cfg, tokenizer, 12)
-    chats = [
-        [{"role": "user", "content": item.description}, {"role": "assistant", "content": item.regex}] for item in items
-    ]
-    full = [tokenizer.encode_chat(chat)[0] for chat in chats]
-    prompts = [tokenizer.encode_chat(chat[:1], add_generation_prompt=True)[0] for chat in chats]
-    assert [item.prompt for item in items] == prompts  # those of training: no system prompt in this config
-    known = {tuple(prompt): ids[len(prompt) :] for prompt, ids in list(zip(prompts, full, strict=True))[:9]}
-    header, end = prompts[0][-1], full[0][-1]
-    dog = [header, *tokenizer.encode("dog"), end, tokenizer.eos_id]
-    models = {"after": Oracle(known, tokenizer.vocab_size, dog), "before": Oracle({}, tokenizer.vocab_size, dog)}
-    monkeypatch.setattr(scoring, "load_hf", lambda path: models["after"])
-    monkeypatch.setattr(scoring, "model_before_training", lambda cfg: models["before"])
-    write_run(tmp_path)
-    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
-    tokenizer.save(tmp_path / "hf")
-    scores = scoring.score_run(tmp_path, num_items=12, command="the command")
+def test_scores_are_those_of_the_evaluations(scored_run: Path) -> None:
+    scores = report.read_scores(scored_run)
+    folder = scored_run / scoring.EVAL_NAME
+    for name, path in (("functional_match", folder), ("untrained", folder / "base")):
+        rows = scoring.read_rows(path)
+        correct = sum(row["measures"]["functional_match"] for row in rows)
+        assert len(rows) == scores["n"] == 12
+        assert (scores[name], scores[f"{name}_interval"]) == (correct / 12, [*scoring.wilson_interval(correct, 12)])
+    golds = [row["gold"] for row in scoring.read_rows(folder)]
+    same = sum(nlrx.equivalent(scores["constant_answer"], gold) for gold in golds)
+    assert scores["constant"] == same / 12 > 0
+    assert scores["generation"] == {"gen_length": 8, "block_length": 8, "steps": 8}
+    assert (scores["train_steps"], scores["train_pairs"], scores["command"]) == (2, 60, "the command")
+    assert scores["parameters"] == sum(param.numel() for param in load_hf(scored_run / "hf").parameters())
+    report.write_report(scored_run)
 
-    assert json.loads((tmp_path / scoring.SCORES_NAME).read_text()) == json.loads(json.dumps(scores))
-    assert (scores["exact_match"], scores["untrained"], scores["n"]) == (9 / 12, 0.0, 12)
-    assert scores["exact_match_interval"] == scoring.wilson_interval(9, 12)
-    assert (scores["train_seconds"], scores["train_steps"]) == (NUM_STEPS * 0.5, NUM_STEPS)
-    assert scores["train_tokens"] == sum(range(1001, 1001 + NUM_STEPS))
-    assert scores["constant"] == max([item.regex for item in items].count(item.regex) for item in items) / 12
-    generations = [json.loads(line) for line in (tmp_path / scoring.GENERATIONS_NAME).read_text().splitlines()]
-    assert [row["correct"] for row in generations] == [True] * 9 + [False] * 3
-    assert {row["answer"] for row in generations[9:]} == {"dog"} == {row["untrained"] for row in generations}
-    examples = json.loads((tmp_path / scoring.EXAMPLES_NAME).read_text())
-    assert [example["correct"] for example in examples] == [True, True, True, False]
+
+def test_the_items_are_held_out_and_those_of_the_task(scored_run: Path) -> None:
+    pairs = generate_regex_pairs(num_pairs=12, seed=scoring.HELDOUT_SEED, split="heldout", task="second")
+    rows = scoring.read_rows(scored_run / scoring.EVAL_NAME)
+    assert [(row["question"], row["gold"]) for row in rows] == [(pair["description"], pair["regex"]) for pair in pairs]
+    chats = [tiny_tokenizer().encode_chat([{"role": "user", "content": row["question"]}], add_generation_prompt=True)[0]
+             for row in rows]  # fmt: skip
+    assert [row["prompt"] for row in rows] == [tiny_tokenizer().decode(ids, skip_special_tokens=False) for ids in chats]
+
+
+def test_examples_show_every_step(scored_run: Path) -> None:
+    examples = json.loads((scored_run / scoring.EXAMPLES_NAME).read_text())
+    rows = {row["question"]: row for row in scoring.read_rows(scored_run / scoring.EVAL_NAME)}
+    assert examples
     for example in examples:
+        row = rows[example["description"]]
+        assert (example["regex"], example["answer"]) == (row["gold"], row["prediction"])
         last = example["canvases"][-1]
-        assert "".join(last[: last.index("")]) == example["answer"]
+        assert "".join(last[: last.index("")] if "" in last else last) == example["answer"]
         assert [canvas.count(None) for canvas in example["canvases"]] == list(range(len(last) - 1, -1, -1))
 
 
-def test_no_held_out_regex_is_trained_on() -> None:
-    cfg = tiny_config()
-    trained = generate_regex_pairs(num_pairs=2000, seed=cfg.dataset.seed, split="train", task=cfg.dataset.task)
-    heldout = {item.regex for item in scoring.heldout_items(cfg, tiny_tokenizer(), 300)}
-    assert heldout.isdisjoint(pair["regex"] for pair in trained)
+def test_the_model_before_training(scored_run: Path, tmp_path: Path) -> None:
+    before = load_hf(scored_run / "before").state_dict()
+    run_here(tmp_path / "run", "export=online", "max_steps=1", "optimizer.lr=0.0", "lr_scheduler=null")
+    initial = load_hf(tmp_path / "run" / "hf").state_dict()  # of the same seed
+    assert all(torch.equal(before[name], initial[name]) for name in initial)
+    checkpoint = "tests/assets/llada_tiny"
+    assert scoring.model_before_training(tiny_config(checkpoint_dir=checkpoint), tmp_path) == Path(checkpoint)
 
 
-def test_an_answer_ends_at_the_end_of_turn_or_text() -> None:
-    tokenizer = tiny_tokenizer()
-    (end,) = scoring.end_ids(tokenizer) - {tokenizer.eos_id}
-    dog, tree = tokenizer.encode("dog"), tokenizer.encode("tree")
-    for last in (end, tokenizer.eos_id):
-        assert scoring.read_answer(tokenizer, [*dog, last, *tree, tokenizer.eos_id]) == "dog"
-    assert scoring.read_answer(tokenizer, [*dog, *tree]) == "dogtree"
-    # A special token inside an answer is an error of the model, and must not look right.
-    assert scoring.read_answer(tokenizer, [*dog, tokenizer.bos_id, end]) != "dog"
-
-
-def test_answers_keep_the_order_of_the_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "BATCH_SIZE", 2)
-    tokenizer = tiny_tokenizer()
-    words = ["dog", "truck", "ring", "lake", "bird"]
-    items = [scoring.Item(word, word, [tokenizer.bos_id, place]) for place, word in enumerate(words)]
-    answers = {tuple(item.prompt): [*tokenizer.encode(item.regex), tokenizer.eos_id] for item in items}
-    model = Oracle(answers, tokenizer.vocab_size, [0, tokenizer.eos_id])
-    decoding = BlockDecoding(gen_length=4, block_length=4, steps=4)
-    assert [answer.text for answer in scoring.answer(model, tokenizer, items, decoding)] == words
-
-
-def test_the_best_constant_is_the_most_frequent_answer() -> None:
-    items = [scoring.Item("", regex, []) for regex in ("a", "b", "b", "c", "b", "a")]
-    assert scoring.best_constant(items) == ("b", 3)
-
-
-def test_the_model_before_training() -> None:
-    first, again, other = (scoring.model_before_training(tiny_config(seed=seed)).state_dict() for seed in (0, 0, 1))
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["head.weight"], other["head.weight"])
-    assert first["head.weight"].std() == pytest.approx(0.02, rel=0.05)
-    checkpoint = REPOSITORY / "tests/assets/llada_tiny"
-    started = scoring.model_before_training(tiny_config(checkpoint_dir=str(checkpoint))).state_dict()
-    assert all(torch.equal(value, started[name]) for name, value in load_hf(checkpoint).state_dict().items())
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ({"_component_": "dllm_jepa.data.gsm8k"}, "only runs on dllm_jepa.data.regex_pairs"),
+        ({"canvas_tokens": None}, "set dataset.canvas_tokens"),
+    ],
+)
+def test_runs_that_cannot_be_scored(tmp_path: Path, dataset: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        scoring.evaluation(tiny_config(dataset=dataset), tmp_path, 12)
 
 
 def test_only_a_marked_folder_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -395,13 +378,16 @@ def test_a_folder_without_the_marker_is_left_alone(tmp_path: Path, keep: bool) -
 def test_a_failed_training_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(LaunchError, match="make install"):
-        launch.train(["--config", "tiny"])
+        launch.launch("dllm_jepa_full", ["--config", "tiny"])
     tune = tmp_path / "tune"
     tune.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/words\nexit 3\n')
     tune.chmod(0o755)
     with pytest.raises(LaunchError, match="exit code 3"):
-        launch.train(["--config", "tiny", "seed=1"])
-    assert (tmp_path / "words").read_text().split() == launch.command_line(["--config", "tiny", "seed=1"]).split()[1:]
+        launch.launch("dllm_jepa_full", ["--config", "tiny", "seed=1"])
+    assert (
+        f"tune {(tmp_path / 'words').read_text()}".split()
+        == launch.command_line("dllm_jepa_full", ["--config", "tiny", "seed=1"]).split()
+    )
 
 
 @pytest.fixture
@@ -409,7 +395,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replaces training and scoring by stand-ins that leave the files; notes what was called."""
     calls = []
 
-    def train(arguments: list[str]) -> None:
+    def train(recipe: str, arguments: list[str]) -> None:
+        assert recipe == "dllm_jepa_full"
         run_dir = Path(next(word for word in arguments if word.startswith("output_dir=")).partition("=")[2])
         calls.append(f"train {run_dir.name}")
         (run_dir / "hf").mkdir()
@@ -418,7 +405,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append(f"score {run_dir.name}")
         write_run(run_dir, n=num_items, command=command)
 
-    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(compare, "launch", train)
     monkeypatch.setattr(compare, "score_run", score_run)
     return calls
 

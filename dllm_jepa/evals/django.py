@@ -1,0 +1,44 @@
+"""Scores of lines of Python, by their text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dllm_jepa.errors import DataError
+from dllm_jepa.evals._score import Score
+
+
+def gold_code(row: Mapping[str, Any]) -> str:
+    """The gold line with its white space collapsed.
+
+    Args:
+        row: with `code`, a text.
+
+    Raises:
+        DataError: it is blank. Every text starts with nothing, so that any prediction would be right.
+    """
+    gold = _collapse(row["code"])
+    if not gold:
+        raise DataError("field 'code' is blank, and every prediction would match it; remove the row")
+    return gold
+
+
+def score(prediction: str, row: Mapping[str, Any]) -> Score:
+    """Compare a generated line with the gold one, runs of white space counting as one blank and none at the ends.
+
+    Args:
+        prediction: any text.
+        row: with `code`, the gold line.
+
+    Returns:
+        `prefix_match`, whether the prediction starts with the gold line, and `exact_match`, whether it is the gold
+        line.
+
+    Raises:
+        DataError: the gold line is blank.
+    """
+    gold, generated = gold_code(row), _collapse(prediction)
+    return Score({"prefix_match": generated.startswith(gold), "exact_match": generated == gold})
+
+
+def _collapse(text: str) -> str:
+    return " ".join(text.split())

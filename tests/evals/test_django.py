@@ -1,0 +1,62 @@
+"""Django scores: white space does not count, what follows the gold line does not count against the prefix match."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dllm_jepa.errors import DataError
+from dllm_jepa.evals import django
+
+GOLD = "def strip_tags ( value ) :"
+
+
+def measures(prediction: str, code: str = GOLD) -> tuple[object, object]:
+    score = django.score(prediction, {"annotation": "define it", "code": code})
+    assert list(score.measures) == ["prefix_match", "exact_match"]
+    return score.measures["prefix_match"], score.measures["exact_match"]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        (GOLD, (True, True)),
+        (f"\n  {GOLD}\t\n", (True, True)),
+        ("def   strip_tags\n( value )\t:", (True, True)),
+        (f"{GOLD} pass", (True, False)),
+        (f"{GOLD}x", (True, False)),
+        (f"x {GOLD}", (False, False)),
+        ("def strip_tags(value):", (False, False)),
+        ("DEF strip_tags ( value ) :", (False, False)),
+        (GOLD[:-1], (False, False)),
+        ("", (False, False)),
+        (" \n", (False, False)),
+    ],
+)
+def test_prefix_and_exact_match(prediction: str, expected: tuple[bool, bool]) -> None:
+    assert measures(prediction) == expected
+
+
+def test_white_space_of_the_gold_line_does_not_count_either() -> None:
+    assert measures("a = 1", "  a  =\n1 ") == (True, True)
+
+
+@pytest.mark.parametrize("code", ["", " ", "\n\t"])
+def test_a_blank_gold_line_is_refused(code: str) -> None:
+    # Any text starts with nothing: the row would be right for every prediction.
+    with pytest.raises(DataError, match="'code' is blank"):
+        measures("anything", code)
+
+
+@pytest.mark.parametrize("piece", ["x ", " ", "\0", "\ud800", "def "])
+def test_a_megabyte_of_anything(piece: str) -> None:
+    assert measures(piece * (10**6 // len(piece))) == (False, False)
+    assert measures(GOLD + piece * (10**6 // len(piece)))[0] is True
+
+
+@given(st.text(max_size=30), st.text(max_size=30))
+def test_exact_implies_prefix(prediction: str, code: str) -> None:
+    if code.split():
+        prefix, exact = measures(prediction, code)
+        assert exact is (prediction.split() == code.split())
+        assert prefix or not exact
+        assert measures(code + prediction, code)[0] is True
