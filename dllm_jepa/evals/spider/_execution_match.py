@@ -1,0 +1,107 @@
+"""Whether a predicted query gives what the gold query gives."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dllm_jepa.errors import DataError
+from dllm_jepa.evals._score import Score
+from dllm_jepa.evals.spider._result_match import same_result
+from dllm_jepa.evals.spider._sandbox import Limits, Result, Sandbox
+from dllm_jepa.evals.spider._sql_text import has_order_by, to_compare, to_execute
+from dllm_jepa.evals.spider._stand_in_databases import is_stand_in
+
+
+class Databases:
+    """The SQLite files that queries run on, in Spider's layout: `{directory}/{db_id}/{db_id}.sqlite`.
+
+    Other `.sqlite` files beside that one are used too, as in the official test suites: a prediction must be right on
+    all of them.
+
+    Args:
+        directory: holds one directory per database.
+        db_ids: the databases that will be asked for.
+        limits: what one query may use.
+        keep_distinct: leave DISTINCT in the queries; the official evaluation takes it out of gold and prediction, and
+            so do we unless this is set.
+
+    Attributes:
+        are_stand_ins: made by `make_stand_ins`; scores on them cannot be compared with published ones.
+
+    Raises:
+        DataError: databases are missing; the message names them all.
+    """
+
+    def __init__(
+        self, directory: Path, db_ids: Iterable[str], *, limits: Limits | None = None, keep_distinct: bool = False
+    ) -> None:
+        """Find the files."""
+        wanted = sorted(set(db_ids))
+        missing = [db_id for db_id in wanted if not (directory / db_id / f"{db_id}.sqlite").is_file()]
+        if missing:
+            raise DataError(
+                f"databases directory {directory} lacks {len(missing)} of the {len(wanted)} databases: "
+                f"{', '.join(missing)}; each must be there as <db_id>/<db_id>.sqlite"
+            )
+        self.keep_distinct = keep_distinct
+        self.are_stand_ins = is_stand_in(directory)
+        self._files = {db_id: sorted((directory / db_id).glob("*.sqlite")) for db_id in wanted}
+        self._sandbox = Sandbox(limits)
+
+    def files(self, db_id: str) -> list[Path]:
+        """The files of a database.
+
+        Raises:
+            ValueError: it is not among the `db_ids`.
+        """
+        if db_id not in self._files:
+            raise ValueError(f"db_id {db_id!r} is not among the {len(self._files)} databases that were asked for")
+        return self._files[db_id]
+
+    def execute(self, sql: str, file: Path) -> Result:
+        """Run a query on a file, after the official changes to its text.
+
+        Raises:
+            DataError: the file is missing or damaged.
+        """
+        return self._sandbox.execute(to_execute(sql, keep_distinct=self.keep_distinct), file)
+
+
+def score(prediction: str, row: Mapping[str, Any], databases: Databases) -> Score:
+    """Run a prediction and the gold query and compare their rows.
+
+    `execution_match` follows the official test-suite evaluation: the rows are the same, each as often, under some
+    order of the columns; their order counts only if the gold query has ORDER BY; a prediction that fails is wrong. It
+    is None if the gold query itself cannot run, as the row then tells nothing about the prediction. `exact_match`
+    compares the queries as tokens: white space, comments, trailing semicolons, and case outside quotes do not count.
+
+    Args:
+        prediction: anything at all.
+        row: has `db_id` and `query`, the gold query.
+        databases: has the row's database.
+
+    Returns:
+        The measures, and why the prediction is wrong.
+
+    Raises:
+        DataError: the database is damaged; the message names it.
+
+    Source: taoyds/test-suite-sql-eval, exec_eval.py, the rules of `eval_exec_match` with the options as they are
+        unless set (Zhong et al. 2020, "Semantic Evaluation for Text-to-SQL with Distilled Test Suites").
+    """
+    gold = row["query"]
+    match, note = _execution_match(prediction, gold, row["db_id"], databases)
+    return Score({"execution_match": match, "exact_match": to_compare(prediction) == to_compare(gold)}, note)
+
+
+def _execution_match(prediction: str, gold: str, db_id: str, databases: Databases) -> tuple[bool | None, str]:
+    for file in databases.files(db_id):
+        wanted = databases.execute(gold, file)
+        if wanted.rows is None:
+            return None, f"the gold query cannot run on {db_id}: {wanted.failure}"
+        found = databases.execute(prediction, file)
+        if found.rows is None:
+            return False, f"the query cannot run: {found.failure}"
+        if not same_result(wanted.rows, found.rows, ordered=has_order_by(gold)):
+            return False, f"other rows than the gold query ({len(found.rows)}, gold {len(wanted.rows)})"
+    return True, ""

@@ -1,0 +1,384 @@
+"""Hostile SQL: nothing is written, nothing escapes, nothing runs over its limits."""
+
+import gc
+import hashlib
+import os
+import signal
+import sqlite3
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dllm_jepa.errors import DataError
+from dllm_jepa.evals.spider import Limits, Sandbox, execute
+
+LIMITS = Limits(seconds=0.15, max_rows=1000, max_result_bytes=1_000_000, max_value_bytes=100_000)
+# A query may take its seconds, the grace of the killer, and what a busy machine adds.
+LONGEST_SECONDS = LIMITS.seconds + 4.0
+# Of the worker: SQLite's heap of 256 MiB, the interpreter and the rows.
+MOST_KIB = 400 * 1024
+
+COUNT = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) "
+DOUBLING = "WITH n0 AS (SELECT 1), " + ", ".join(f"n{i} AS (SELECT 1 FROM n{i - 1}, n{i - 1})" for i in range(1, 40))
+MANY = ", ".join(f"item AS t{i}" for i in range(30))
+
+WRITES = [
+    "DROP TABLE item",
+    "DELETE FROM item",
+    "INSERT INTO item VALUES (9, 'z')",
+    "REPLACE INTO item VALUES (1, 'z')",
+    "UPDATE item SET name = 'z'",
+    "UPDATE item SET name = 'z' RETURNING id",
+    "INSERT INTO item VALUES (9, 'z') RETURNING *",
+    "WITH t AS (SELECT 1) DELETE FROM item",
+    "CREATE TABLE t (x)",
+    "CREATE TEMP TABLE t AS SELECT 1",
+    "CREATE TABLE t AS SELECT * FROM item",
+    "CREATE INDEX i ON item (name)",
+    "CREATE VIEW v AS SELECT 1",
+    "CREATE TEMP VIEW v AS SELECT 1",
+    "CREATE TRIGGER t AFTER INSERT ON item BEGIN DELETE FROM item; END",
+    "CREATE TEMP TRIGGER t AFTER INSERT ON item BEGIN SELECT 1; END",
+    "CREATE VIRTUAL TABLE t USING fts5(x)",
+    "CREATE VIRTUAL TABLE t USING rtree(id, a, b)",
+    "ALTER TABLE item RENAME TO other",
+    "ALTER TABLE item ADD COLUMN x",
+    "REINDEX",
+    "ANALYZE",
+    "VACUUM",
+    "UPDATE sqlite_master SET sql = ''",
+    "INSERT INTO sqlite_master VALUES (1, 2, 3, 4, 5)",
+    "UPDATE sqlite_dbpage SET data = zeroblob(4096)",
+    "BEGIN EXCLUSIVE",
+    "COMMIT",
+    "ROLLBACK",
+    "SAVEPOINT s",
+    "RELEASE s",
+]
+
+ESCAPES = [
+    "ATTACH 'other.sqlite' AS other",
+    "ATTACH ':memory:' AS other",
+    "DETACH main",
+    "VACUUM INTO 'copy.sqlite'",
+    "VACUUM main INTO '/tmp/copy.sqlite'",
+    "SELECT load_extension('evil.so')",
+    "SELECT load_extension('evil.so', 'entry')",
+    "SELECT readfile('/etc/passwd')",
+    "SELECT writefile('written', 'x')",
+    "SELECT edit('x', 'sh')",
+    "SELECT fts3_tokenizer('simple')",
+    "SELECT fts3_tokenizer('simple', x'0000000000000000')",
+    "SELECT * FROM fsdir('/')",
+    "SELECT * FROM csv('/etc/passwd')",
+    "SELECT sqlite_log(1, 'x')",
+    "SELECT sqlite_compileoption_get(1)",
+    "PRAGMA writable_schema = ON",
+    "PRAGMA query_only = OFF",
+    "PRAGMA journal_mode = WAL",
+    "PRAGMA hard_heap_limit = 0",
+    "PRAGMA temp_store_directory = '/tmp'",
+    "PRAGMA database_list",
+    "PRAGMA table_info(item)",
+    "SELECT * FROM pragma_database_list",
+    "SELECT * FROM pragma_table_info('item')",
+    "SELECT * FROM pragma_compile_options",
+    "SELECT randomblob(10)",
+    ".shell rm -rf .",
+    ".open other.sqlite",
+    ".output written",
+    "!rm -rf .",
+]
+
+NO_QUERY = [
+    "",
+    " \t\n ",
+    ";",
+    "-- nothing",
+    "/* nothing */",
+    "/* open",
+    "SELECT",
+    "SELEC 1",
+    "hello world",
+    "SELECT 'open",
+    "SELECT 1; SELECT 2",
+    "SELECT 1; DROP TABLE item",
+    "SELECT 1; -- x\n DROP TABLE item",
+    "DROP TABLE item; SELECT 1",
+    "SELECT 1\0; DROP TABLE item",
+    "\0",
+    "SELECT '\ud800'",
+    "\udcff",
+    "SELECT ?",
+    "SELECT :name",
+    "SELECT * FROM missing",
+    "SELECT missing FROM item",
+    "SELECT abs(-9223372036854775808)",
+    "\u0421ELECT 1",
+]
+
+BOMBS = {
+    "endless rows": COUNT + "SELECT i FROM n",
+    "endless count": COUNT + "SELECT count(*) FROM n",
+    "endless, none shown": COUNT + "SELECT i FROM n WHERE i < 0",
+    "endless distinct": "WITH RECURSIVE n(i) AS (SELECT 1 UNION SELECT i + 1 FROM n) SELECT max(i) FROM n",
+    "endless sort of long values": COUNT + "SELECT printf('%.*c', 90000, i) AS x FROM n ORDER BY x",
+    "endless group": COUNT + "SELECT printf('%.*c', 90000, i), count(*) FROM n GROUP BY i",
+    "endless text": COUNT + "SELECT group_concat('xxxxxxxxxx') FROM n",
+    "endless json": COUNT + "SELECT json_group_array(i) FROM n",
+    "endless window": COUNT + "SELECT sum(i) OVER (ORDER BY -i) FROM n",
+    "cross join": f"SELECT count(*) FROM {MANY} WHERE t0.id + t29.id > 1000",
+    "cross join, sorted": f"SELECT t0.name FROM {MANY} ORDER BY t0.id + t29.id",
+    "queries that double": f"{DOUBLING} SELECT count(*) FROM n39",
+    "many columns": "SELECT " + ", ".join(["item.*"] * 2_000) + " FROM item",
+    "2 GB of zeros": "SELECT zeroblob(2000000000)",
+    "2 GB of noise": "SELECT hex(randomblob(2000000000))",
+    "1 GB of padding": "SELECT printf('%.*c', 1000000000, 'x')",
+    "text that doubles": "SELECT " + "replace(" * 30 + "'x'" + ", 'x', 'xx')" * 30,
+    "digits that double": "SELECT " + "hex(" * 30 + "'x'" + ")" * 30,
+    "text that grows": "WITH RECURSIVE n(s) AS (SELECT 'x' UNION ALL SELECT s || s FROM n) SELECT length(s) FROM n",
+    "pattern": "SELECT printf('%.*c', 90000, 'a') LIKE printf('%.*c', 2000, '%') || 'b'",
+    "pattern of pieces": COUNT + "SELECT 1 FROM n WHERE i || printf('%.*c', 90000, 'a') LIKE '%a%a%a%a%a%a%a%a%b'",
+    "glob of pieces": COUNT + "SELECT 1 FROM n WHERE i || printf('%.*c', 90000, 'a') GLOB '*a*a*a*a*a*a*a*[b]'",
+    "search in long text": COUNT
+    + "SELECT 1 FROM n WHERE instr(i || printf('%.*c', 90000, 'a'), printf('%.*c', 45000, 'a') || 'b')",
+    "brackets": "SELECT " + "(" * 20_000 + "1" + ")" * 20_000,
+    "minus signs": "SELECT " + "- " * 20_000 + "1",
+    "subqueries": "SELECT * FROM " + "(SELECT * FROM " * 2_000 + "item" + ")" * 2_000,
+    "unions": " UNION ALL ".join(["SELECT 1"] * 5_000),
+    "long list": f"SELECT 1 WHERE 1 IN ({','.join(map(str, range(200_000)))})",
+    "long text": "SELECT '" + "x" * 1_000_000 + "'",
+    "long comment": "SELECT 1 /*" + "x" * 1_000_000 + "*/",
+    "many tables": "SELECT 1 FROM " + ", ".join(["item"] * 100),
+    "json array": "SELECT count(*) FROM json_each('[1,2,3,4,5,6,7,8,9]') a" + ", json_each(a.json)" * 20,
+    "deep json": "SELECT json('" + "[" * 40_000 + "')",
+    "generated series": "SELECT sum(value) FROM generate_series(1, 1000000000000)",
+    "too many rows": COUNT + "SELECT i FROM n LIMIT 1001",
+    "too many bytes": COUNT + "SELECT printf('%.*c', 90000, 'x') FROM n LIMIT 12",
+}
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("databases") / "a b?#%41.sqlite"
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute("CREATE TABLE item (id INTEGER PRIMARY KEY, name TEXT)")
+        connection.executemany("INSERT INTO item VALUES (?, ?)", [(i, chr(96 + i)) for i in range(1, 9)])
+        connection.execute("CREATE TABLE odd (x)")
+        connection.execute("INSERT INTO odd VALUES (CAST(x'61ff62' AS TEXT)), (x'00ff'), (2.5), (9e999), (NULL)")
+        connection.execute("INSERT INTO odd VALUES (9223372036854775807), ('\U0001f600')")
+    connection.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Sandbox:
+    return Sandbox(LIMITS)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_written(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The database keeps its bytes, and no file appears beside it or in the working directory."""
+    before = hashlib.sha256(database.read_bytes()).digest()
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert hashlib.sha256(database.read_bytes()).digest() == before
+    assert list(database.parent.iterdir()) == [database]
+    assert list(tmp_path.iterdir()) == []
+
+
+def peak_kib(process: subprocess.Popen[str]) -> int:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
+
+
+def running(sandbox: Sandbox) -> subprocess.Popen[str]:
+    assert sandbox._process is not None
+    return sandbox._process
+
+
+@pytest.mark.parametrize("sql", [*WRITES, *ESCAPES, *NO_QUERY])
+def test_what_is_no_query_is_refused(sandbox: Sandbox, database: Path, sql: str) -> None:
+    result = sandbox.execute(sql, database)
+    assert result.rows is None and result.failure
+    assert running(sandbox).poll() is None, "a refusal does not end the process"
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_end_within_their_limits(sandbox: Sandbox, database: Path, name: str) -> None:
+    start = time.monotonic()
+    result = sandbox.execute(BOMBS[name], database)
+    assert time.monotonic() - start < LONGEST_SECONDS
+    assert result.rows is None and result.failure
+    assert sandbox.execute("SELECT count(*) FROM item", database).rows == [(8,)]
+    assert peak_kib(running(sandbox)) < MOST_KIB
+
+
+def test_the_lists_are_long_enough() -> None:
+    assert len(set(WRITES) | set(ESCAPES) | set(NO_QUERY) | set(BOMBS.values())) >= 100
+
+
+@pytest.mark.parametrize(
+    ("sql", "rows"),
+    [
+        ("SELECT 1", [(1,)]),
+        ("SELECT name FROM item WHERE id = 2 ;", [("b",)]),
+        ("SELECT 1 -- and no more; DROP TABLE item", [(1,)]),
+        ("/* first */ SELECT 1; /* last */", [(1,)]),
+        ("VALUES (1, 'a'), (2, NULL)", [(1, "a"), (2, None)]),
+        ("WITH t AS (SELECT id FROM item) SELECT count(*) FROM t", [(8,)]),
+        ("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 3) SELECT i FROM n", [(1,), (2,), (3,)]),
+        ('SELECT name FROM item WHERE name = "a"', [("a",)]),
+        ("SELECT name FROM item WHERE name LIKE 'A%' OR name GLOB '[b]'", [("a",), ("b",)]),
+        ("SELECT count(*) FROM item AS a JOIN item AS b ON a.id = b.id", [(8,)]),
+        ("SELECT max(id), min(id), avg(id), sum(id) FROM item", [(8, 1, 4.5, 36)]),
+        ("SELECT id FROM item EXCEPT SELECT id FROM item WHERE id > 1 ORDER BY id", [(1,)]),
+        ("SELECT row_number() OVER (ORDER BY id DESC) FROM item LIMIT 1", [(1,)]),
+        ("SELECT strftime('%Y', '2020-02-03'), cast('7' AS integer), round(1.25, 1)", [("2020", 7, 1.3)]),
+        (
+            "SELECT x FROM odd",
+            [("ab",), (b"\x00\xff",), (2.5,), (float("inf"),), (None,), (2**63 - 1,), ("\U0001f600",)],
+        ),
+        ("SELECT 1 WHERE 0", []),
+    ],
+)
+def test_queries_give_their_rows(sandbox: Sandbox, database: Path, sql: str, rows: list[tuple[object, ...]]) -> None:
+    result = sandbox.execute(sql, database)
+    assert (result.rows, result.failure) == (rows, "")
+    assert [list(map(type, row)) for row in result.rows or []] == [list(map(type, row)) for row in rows]
+
+
+def test_an_explanation_is_harmless(sandbox: Sandbox, database: Path) -> None:
+    assert sandbox.execute("EXPLAIN QUERY PLAN SELECT * FROM item", database).rows
+    assert sandbox.execute("EXPLAIN DROP TABLE item", database).rows is None
+
+
+def test_limits_are_met_exactly(database: Path) -> None:
+    sandbox = Sandbox(Limits(seconds=30, max_rows=8, max_result_bytes=64, max_value_bytes=100))
+    assert len(sandbox.execute("SELECT id FROM item", database).rows or []) == 8
+    assert "8 rows" in sandbox.execute("SELECT id FROM item UNION ALL SELECT 9", database).failure
+    assert "64 bytes" in sandbox.execute("SELECT id, name FROM item", database).failure
+    assert sandbox.execute("SELECT length(printf('%.*c', 100, 'x'))", database).rows == [(100,)]
+    assert "too big" in sandbox.execute("SELECT length(printf('%.*c', 101, 'x'))", database).failure
+
+
+def test_reasons_say_what_was_wrong(sandbox: Sandbox, database: Path) -> None:
+    assert sandbox.execute("SELECT * FROM missing", database).failure == "no such table: missing"
+    assert sandbox.execute("DROP TABLE item", database).failure == "not authorized"
+    assert sandbox.execute("", database).failure == "is no query"
+    assert sandbox.execute(BOMBS["endless count"], database).failure == "runs longer than 0.15 seconds"
+    assert sandbox.execute(BOMBS["too many rows"], database).failure == "has more than 1000 rows"
+
+
+@pytest.mark.parametrize(
+    ("limits", "name", "failure"),
+    [
+        (LIMITS, "endless count", "runs longer than 0.15 seconds"),
+        (Limits(seconds=60), "queries that double", "needs too much memory"),
+    ],
+)
+def test_the_worker_stops_by_itself(database: Path, limits: Limits, name: str, failure: str) -> None:
+    sandbox = Sandbox(limits)
+    assert sandbox.execute(BOMBS[name], database).failure == failure
+    assert running(sandbox).poll() is None
+
+
+def test_one_query_alone(database: Path) -> None:
+    assert execute("SELECT 1, 'a'", database) == Sandbox(LIMITS).execute("SELECT 1, 'a'", database)
+    assert execute(BOMBS["endless count"], database, LIMITS).failure == "runs longer than 0.15 seconds"
+    assert execute(WRITES[0], database).rows is None
+
+
+def test_the_worker_has_limits_of_its_own(sandbox: Sandbox, database: Path) -> None:
+    sandbox.execute("SELECT 1", database)
+    lines = Path(f"/proc/{running(sandbox).pid}/limits").read_text().splitlines()
+    limits = {line[:26].strip(): line[26:].split()[:2] for line in lines}
+    assert limits["Max file size"] == limits["Max core file size"] == ["0", "0"]
+    assert int(limits["Max address space"][1]) <= 2 << 30
+
+
+def test_a_worker_that_does_not_look_at_the_clock_is_killed_and_replaced(database: Path) -> None:
+    sandbox = Sandbox(LIMITS)
+    sandbox.execute("SELECT 1", database)
+    stopped = running(sandbox)
+    os.kill(stopped.pid, signal.SIGSTOP)
+    assert sandbox.execute("SELECT 1", database).failure == "runs longer than 0.15 seconds"
+    assert stopped.returncode == -signal.SIGKILL
+    assert sandbox.execute("SELECT 2", database).rows == [(2,)]
+
+
+def test_a_worker_that_dies_costs_one_query_at_most(database: Path) -> None:
+    sandbox = Sandbox(Limits(seconds=30))
+    sandbox.execute("SELECT 1", database)
+    dead = running(sandbox)
+    dead.kill()
+    dead.wait()
+    assert sandbox.execute("SELECT 2", database).rows == [(2,)]
+    threading.Timer(0.2, running(sandbox).kill).start()
+    assert sandbox.execute(BOMBS["endless count"], database).failure == "ends its process"
+    assert sandbox.execute("SELECT 3", database).rows == [(3,)]
+
+
+def test_an_interrupted_query_leaves_no_answer_for_the_next(database: Path) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    sandbox = Sandbox(Limits(seconds=30))
+    sandbox.execute("SELECT 1", database)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            sandbox.execute(BOMBS["endless count"], database)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert sandbox.execute("SELECT 4", database).rows == [(4,)]
+
+
+def test_the_worker_ends_with_its_sandbox(database: Path) -> None:
+    sandbox = Sandbox(LIMITS)
+    sandbox.execute("SELECT 1", database)
+    process = running(sandbox)
+    assert process.poll() is None
+    del sandbox
+    gc.collect()
+    assert process.poll() is not None
+
+
+@pytest.mark.parametrize("content", [b"", b"no database at all", b"SQLite format 3\0" + b"\xff" * 5000])
+def test_a_damaged_database_is_named(
+    sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("damaged") / "world_1.sqlite"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"world_1\.sqlite cannot be read"):
+        sandbox.execute("SELECT 1", path)
+
+
+def test_damage_behind_the_first_page_is_named(
+    sandbox: Sandbox, database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("damaged") / "world_1.sqlite"
+    content = database.read_bytes()
+    path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
+    with pytest.raises(DataError, match=r"world_1\.sqlite cannot be read"):
+        sandbox.execute("SELECT * FROM item", path)
+
+
+def test_a_missing_database_is_named(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> None:
+    missing = tmp_path_factory.mktemp("none") / "world_1.sqlite"
+    with pytest.raises(DataError, match=r"world_1\.sqlite does not exist"):
+        sandbox.execute("SELECT 1", missing)
+    assert not missing.exists()
+
+
+@pytest.mark.parametrize("name", ["seconds", "max_rows", "max_result_bytes", "max_value_bytes"])
+def test_limits_must_be_positive(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
+        Limits(**{name: 0})
