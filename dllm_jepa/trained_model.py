@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torchtune.config import instantiate
 
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.models import (
@@ -53,7 +54,7 @@ class ModelSource:
         model: the model on the meta device.
         tokenizer_dir: directory with its tokenizer files; None for a model that was trained with a built-in tokenizer.
         fingerprint: what tells its weights from others.
-        tokenizer: makes its own tokenizer.
+        own_tokenizer: makes its own tokenizer.
         load: loads it into one process, in evaluation mode, from a type and a device.
     """
 
@@ -61,8 +62,29 @@ class ModelSource:
     model: MaskedDiffusionLM
     tokenizer_dir: Path | None
     fingerprint: str
-    tokenizer: Callable[[], Tokenizer]
+    own_tokenizer: Callable[[], Tokenizer]
     load: Callable[[torch.dtype, torch.device], MaskedDiffusionLM]
+
+    def tokenizer(self, component: DictConfig | None = None) -> Tokenizer:
+        """A tokenizer for it.
+
+        Args:
+            component: builder and arguments, which gets `tokenizer_dir` unless it has a `path`; None is its own.
+
+        Raises:
+            CheckpointError: if there are no such files, or it has ids that the model does not score.
+        """
+        if component is None:
+            tokenizer = self.own_tokenizer()
+        else:
+            tokenizer = instantiate(component, *([] if "path" in component else [self.tokenizer_dir]))
+        num_ids = self.model.sizes.vocab_size
+        if tokenizer.vocab_size > num_ids:
+            raise CheckpointError(
+                f"{self.path} scores {num_ids} ids, but the tokenizer has ids up to {tokenizer.vocab_size - 1}: give "
+                "the tokenizer of the model"
+            )
+        return tokenizer
 
 
 def open_model(path: str | Path, *, part: str = "online", ranks: Ranks | None = None) -> ModelSource:
@@ -99,7 +121,7 @@ def open_model(path: str | Path, *, part: str = "online", ranks: Ranks | None = 
         model,
         path,
         origin.fingerprint(),
-        tokenizer=lambda: _directory_tokenizer(path, model.family),
+        own_tokenizer=lambda: _directory_tokenizer(path, model.family),
         load=lambda dtype, device: load_hf(path, dtype, device),
     )
 
@@ -129,7 +151,7 @@ def _open_training_state(path: Path, part: str, ranks: Ranks | None) -> ModelSou
         model,
         None if base is None else Path(base),
         f"{digest} {part}",
-        tokenizer=lambda: saved_tokenizer(checkpoint),
+        own_tokenizer=lambda: saved_tokenizer(checkpoint),
         load=lambda dtype, device: _load_training_state(checkpoint, part, dtype, device),
     )
 

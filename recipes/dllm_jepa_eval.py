@@ -19,7 +19,6 @@ from torchtune.config import instantiate
 from tqdm import tqdm
 
 from dllm_jepa import config, training
-from dllm_jepa.errors import CheckpointError
 from dllm_jepa.evals import EvalTask, ItemResult, ResultsFolder, RunningScores, compare, summarize, table
 from dllm_jepa.models import MaskedDiffusionLM
 from dllm_jepa.trained_model import ModelSource, open_model
@@ -47,25 +46,13 @@ class DLLMJEPAEvalRecipe:
         cfg = self.cfg
         self.source = open_model(cfg.checkpoint_dir, part=cfg.part, ranks=self.ranks)
         self.base = None if cfg.base_dir is None else open_model(cfg.base_dir, ranks=self.ranks)
-        self.tokenizer = self.setup_tokenizer()
+        self.tokenizer = self.source.tokenizer(cfg.tokenizer)
         self.task = self.setup_task()
         for source in filter(None, (self.source, self.base)):
-            if self.tokenizer.vocab_size > source.model.sizes.vocab_size:
-                raise CheckpointError(
-                    f"{source.path} scores {source.model.sizes.vocab_size} ids, but the tokenizer has ids up to "
-                    f"{self.tokenizer.vocab_size - 1}: give the tokenizer of the model"
-                )
             self.task.check_context(source.model.sizes.max_seq_len)
         # Longest first: what does not fit into memory shows at once, and the ranks end together.
         order = sorted(range(len(self.task.lengths)), key=lambda item: (-self.task.lengths[item], item))
         self.batches = [order[start : start + cfg.batch_size] for start in range(0, len(order), cfg.batch_size)]
-
-    def setup_tokenizer(self) -> Any:
-        """The tokenizer that the config names, on the files of the model, or the model's own."""
-        if self.cfg.tokenizer is None:
-            return self.source.tokenizer()
-        path = [] if "path" in self.cfg.tokenizer else [self.source.tokenizer_dir]
-        return instantiate(self.cfg.tokenizer, *path)
 
     def setup_task(self) -> EvalTask:
         """The task, with the decoding and the number of shots if it has any."""

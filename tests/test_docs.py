@@ -1,6 +1,6 @@
 """The documentation against the code: links, names, commands, tables, and every example is run.
 
-`python -m tests.test_docs` prints the two generated tables of docs/configs.md.
+`python -m tests.test_docs` prints the three generated tables of docs/configs.md.
 """
 
 import importlib
@@ -21,12 +21,15 @@ from omegaconf import OmegaConf
 
 from dllm_jepa import cli
 from dllm_jepa.config import (
+    EVALUATION,
+    GENERATION,
     LORA,
     REQUIRED,
     SCHEMAS,
     TRAINING,
     Component,
     Key,
+    Schema,
     Section,
     find_configs,
     find_recipes,
@@ -35,6 +38,8 @@ from dllm_jepa.config import (
     schema_of,
 )
 from dllm_jepa.data import SequenceDataset
+from dllm_jepa.evals import GenerationTask, HeldoutTask, MMLUTask
+from dllm_jepa.generation import Decoding
 from dllm_jepa.jepa import EMAAdapterTargetEncoder, EMATargetEncoder, Predictor, ViewSampler
 from dllm_jepa.models import MaskedDiffusionLM
 from dllm_jepa.models._families import FAMILIES
@@ -230,16 +235,26 @@ def test_the_computed_memory_is_that_of_the_benchmark() -> None:
 # Reference tables
 
 
-def declared_keys() -> Iterator[tuple[Key, str]]:
-    """Every key of every recipe, with the recipe that has it."""
-    for key in TRAINING.keys:
-        yield key, "both" if key in LORA.keys else "full"
-    yield from ((key, "LoRA") for key in LORA.keys if key not in TRAINING.keys)
+def declared_keys(one: Schema, other: Schema, names: tuple[str, str]) -> Iterator[tuple[Key, str]]:
+    """Every key of two recipes, with the recipe that has it."""
+    for key in one.keys:
+        yield key, "both" if key in other.keys else names[0]
+    yield from ((key, names[1]) for key in other.keys if key not in one.keys)
+
+
+TRAINING_KEYS = [*declared_keys(TRAINING, LORA, ("full", "LoRA"))]
+USE_KEYS = [*declared_keys(EVALUATION, GENERATION, ("eval", "generate"))]
 
 
 def key_rows() -> Iterator[str]:
-    """A line for every key of the schemas."""
-    for key, recipe in declared_keys():
+    """A line for every key of the training recipes."""
+    for key, recipe in TRAINING_KEYS:
+        yield from rows_of(key, recipe)
+
+
+def use_key_rows() -> Iterator[str]:
+    """A line for every key of the recipes that use a trained model."""
+    for key, recipe in USE_KEYS:
         yield from rows_of(key, recipe)
 
 
@@ -261,20 +276,24 @@ PRODUCTS = {
     "dataset": SequenceDataset,
     "lr_scheduler": torch.optim.lr_scheduler.LRScheduler,
     "model": MaskedDiffusionLM,
+    "task": (GenerationTask, HeldoutTask, MMLUTask),
+    "decoding": Decoding,
 }
-BUILDER_MODULES = ("jepa", "data", "training", "models.llada", "models.dream", "models.tiny")
+NO_BUILDERS = ("build_sequences", "build_generation_task")  # for builders of one's own
+BUILDER_MODULES = ("jepa", "data", "training", "models.llada", "models.dream", "models.tiny", "evals", "generation")
 
 
 def builders() -> Iterator[tuple[Key, str]]:
     """Every builder of the package with the key that it is for, told by what it returns."""
-    for key in TRAINING.keys:
+    trained = {key.name for key in TRAINING.keys}
+    for key in (*TRAINING.keys, *(key for key in EVALUATION.keys if key.name not in trained)):
         for module in (importlib.import_module(f"dllm_jepa.{name}") for name in BUILDER_MODULES):
             for name in module.__all__:
                 builder = getattr(module, name)
                 product = typing.get_type_hints(builder).get("return") if inspect.isfunction(builder) else None
                 is_tokenizer = inspect.isclass(product) and name.endswith("_tokenizer")
                 wanted = PRODUCTS.get(key.name, ())
-                is_wanted = inspect.isclass(product) and issubclass(product, wanted) and name != "build_sequences"
+                is_wanted = inspect.isclass(product) and issubclass(product, wanted) and name not in NO_BUILDERS
                 if is_wanted or (is_tokenizer and key.name == "tokenizer"):
                     yield key, f"{module.__name__}.{name}"
 
@@ -292,7 +311,8 @@ def builder_rows() -> Iterator[str]:
         module, _, name = path.rpartition(".")
         builder = getattr(importlib.import_module(module), name)
         parameters = list(inspect.signature(builder).parameters.values())[len(key.kind.positional) :]
-        own = [parameter for parameter in parameters if parameter.name not in key.kind.keywords]
+        passed = {*key.kind.keywords, *key.kind.offered}
+        own = [parameter for parameter in parameters if parameter.name not in passed]
         arguments = ", ".join(argument_text(parameter) for parameter in own)
         doc = (inspect.getdoc(builder) or "").split("\n\n")[0].replace("\n", " ")
         yield f"| `{key.name}` | `{path}` | {arguments or '-'} | {doc} |"
@@ -305,7 +325,7 @@ def generated(name: str) -> list[str]:
     return [line for line in block.splitlines() if line.startswith("|")][2:]
 
 
-@pytest.mark.parametrize(("name", "rows"), [("keys", key_rows), ("builders", builder_rows)])
+@pytest.mark.parametrize(("name", "rows"), [("keys", key_rows), ("use keys", use_key_rows), ("builders", builder_rows)])
 def test_the_reference_tables_are_those_of_the_code(name: str, rows: typing.Callable[[], Iterator[str]]) -> None:
     assert generated(name) == list(rows()), "renew the table: python -m tests.test_docs"
 
@@ -316,9 +336,9 @@ def test_the_table_of_passed_arguments_is_that_of_the_schema() -> None:
         row[0].strip("`"): {name for cell in row[1:] for name in re.findall(r"`(\w+)`", cell)} for row in rows
     }
     passed: dict[str, set[str]] = {}
-    for key, _ in declared_keys():
+    for key, _ in TRAINING_KEYS + USE_KEYS:
         if isinstance(key.kind, Component):
-            arguments = {*key.kind.positional, *key.kind.keywords, *key.kind.optional}
+            arguments = {*key.kind.positional, *key.kind.keywords, *key.kind.optional, *key.kind.offered}
             passed[key.name] = passed.get(key.name, set()) | arguments
     assert documented == {name: arguments for name, arguments in passed.items() if arguments}
 
@@ -404,4 +424,4 @@ def test_examples_run(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 if __name__ == "__main__":
-    print(*key_rows(), "", *builder_rows(), sep="\n")
+    print(*key_rows(), "", *use_key_rows(), "", *builder_rows(), sep="\n")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from dllm_jepa.errors import CheckpointError
@@ -80,6 +81,17 @@ def test_a_tokenizer_that_a_file_names_is_not_called_unless_it_is_ours(full_run:
     assert config["dllm_jepa.tokenizer"] == "dllm_jepa.models.tiny.tiny_tokenizer"
     file.write_text(json.dumps(config | {"dllm_jepa.tokenizer": "os.getcwd"}))
     assert not isinstance(open_model(copy).tokenizer(), TinyTokenizer | str)  # that of the family
+
+
+def test_the_tokenizer_that_a_config_names(full_run: Path, tmp_path: Path) -> None:
+    source = open_model(full_run / "hf")
+    component = OmegaConf.create({"_component_": "dllm_jepa.models.tiny.tiny_tokenizer"})
+    assert isinstance(source.tokenizer(component), TinyTokenizer)
+    with pytest.raises(CheckpointError, match="absent does not exist"):
+        source.tokenizer(OmegaConf.merge(component, {"path": str(tmp_path / "absent")}))
+    small = open_model("tests/assets/llada_tiny")  # scores 320 ids
+    with pytest.raises(CheckpointError, match="scores 320 ids, but the tokenizer has ids up to 507"):
+        small.tokenizer(OmegaConf.merge(component, {"path": str(full_run / "hf")}))
 
 
 def test_fingerprints_differ_where_weights_do(full_run: Path, lora_run: Path) -> None:

@@ -87,16 +87,16 @@ GENERATION_DECODING = (Key("decoding", Component(trial="alone"), "how responses 
 BATCH = (Key("batch_size", _COUNT, "rows in one forward pass: the memory knob", default=16),)
 
 PROMPTS = (
-    Key("prompt", Text("a text"), "one prompt; null = those of prompts_file", default=None, nullable=True),
+    Key("prompt", Text(verbatim=True), "one prompt; null = those of prompts_file", default=None, nullable=True),
     Key(
         "prompts_file",
-        Text("a path, or - for stdin"),
-        "a text file with a prompt per line, or a .jsonl file with the field `prompt`",
+        Text("a path, or - for stdin", verbatim=True),
+        "a text file with a prompt per line, or a .jsonl file with the field `prompt`; a prompt keeps stdin unread",
         default=None,
         nullable=True,
     ),
     Key("template", Choice(("chat", "plain")), "chat format of the tokenizer, or plain text", default="chat"),
-    Key("system_prompt", Text("a text"), "system prompt; null = none", default=None, nullable=True),
+    Key("system_prompt", Text(verbatim=True), "system prompt; null = none", default=None, nullable=True),
 )
 
 SHOW = (

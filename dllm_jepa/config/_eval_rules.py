@@ -1,6 +1,7 @@
 """Rules across the keys of evaluation and generation; each returns problem lines."""
 
 import inspect
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,11 @@ def base_directory_exists(base_dir: str | None) -> list[str]:
 
 
 def one_source_of_prompts(prompt: str | None, prompts_file: str | None) -> list[str]:
-    """Prompts come from one place, which must exist."""
-    if (prompt is None) == (prompts_file is None):
-        given = "both given" if prompt is not None else "neither given"
-        return [f"prompt, prompts_file: {given}, must be one of them; prompts_file=- reads prompts from stdin"]
+    """Prompts come from one place, which must exist; stdin is left alone where there is a prompt."""
+    if prompt is None and prompts_file is None:
+        return ["prompt, prompts_file: neither given, must be one of them; prompts_file=- reads prompts from stdin"]
+    if prompt is not None and prompts_file not in (None, "-"):
+        return [f"prompt, prompts_file: both given, must be one of them; leave out prompts_file={prompts_file}"]
     if prompts_file is not None and prompts_file != "-" and not Path(prompts_file).is_file():
         return [f"prompts_file: {prompts_file!r} is not a file (looked for {Path(prompts_file).absolute()})"]
     return []
@@ -66,6 +68,8 @@ def new_files(html: str | None, output: str | None) -> list[str]:
             lines.append(f"{key}: {value!r} exists and is kept; choose another name or remove it")
         elif not path.absolute().parent.is_dir():
             lines.append(f"{key}: {value!r} given, but the folder {str(path.parent)!r} does not exist; make it")
+        elif not os.access(path.absolute().parent, os.W_OK):
+            lines.append(f"{key}: {value!r} given, but the folder {str(path.parent)!r} cannot be written to")
     return lines
 
 

@@ -18,9 +18,16 @@ REQUIRED = _Required()
 
 @dataclass(frozen=True)
 class Text:
-    """A string that is not empty."""
+    """A string that is not empty.
+
+    Args:
+        phrase: What is allowed, in words.
+        verbatim: Whether a word `key=TEXT` of the command line holds the text itself, not yaml: what people write
+            freely has colons, hashes and equals signs. `null` is still null.
+    """
 
     phrase: str = "a text"
+    verbatim: bool = False
 
     def describe(self) -> str:
         """Return what is allowed, in words."""

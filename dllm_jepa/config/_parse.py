@@ -2,9 +2,10 @@
 
 import functools
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
@@ -57,7 +58,7 @@ def _parsed(recipe_main: RecipeMain, *, schema: Schema) -> Callable[[], None]:
     @functools.wraps(recipe_main)
     def wrapper() -> None:
         try:
-            cfg = with_defaults(load_config(sys.argv[1:]), schema)
+            cfg = with_defaults(load_config(sys.argv[1:], verbatim=schema.verbatim), schema)
             validate(cfg, schema, Launch.from_environment())
             if _rank() == 0:
                 for line in warnings(cfg, schema):
@@ -70,11 +71,12 @@ def _parsed(recipe_main: RecipeMain, *, schema: Schema) -> Callable[[], None]:
     return wrapper
 
 
-def load_config(arguments: Sequence[str]) -> DictConfig:
+def load_config(arguments: Sequence[str], *, verbatim: Collection[str] = ()) -> DictConfig:
     """Read the yaml of `--config` and merge the overrides, by torchtune's rules.
 
     Args:
         arguments: `--config NAME|PATH` or `--config=NAME|PATH`, `key=value` and `~key`, in any order.
+        verbatim: keys whose values on the command line are taken as they are, but for `null`; others are yaml.
 
     Returns:
         The merged config, not checked and without defaults.
@@ -84,7 +86,8 @@ def load_config(arguments: Sequence[str]) -> DictConfig:
     """
     from torchtune import config as torchtune_config  # seconds to import; `dllm-jepa ls` must not pay for it
 
-    resolved = _with_resolved_config(arguments)
+    texts = {key: text for key, _, text in (word.partition("=") for word in arguments) if key in verbatim}
+    resolved = _with_resolved_config([word for word in arguments if word.partition("=")[0] not in verbatim])
     merged: list[DictConfig] = []
 
     def keep(cfg: DictConfig) -> None:
@@ -99,7 +102,14 @@ def load_config(arguments: Sequence[str]) -> DictConfig:
                 raise
         except (ValueError, TypeError, AssertionError, OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"command line {' '.join(arguments)!r}: {error}") from error
+    for key, text in texts.items():
+        merged[0][key] = None if text == "null" else _without_interpolation(text)
     return _with_whole_values(merged[0])
+
+
+def _without_interpolation(text: str) -> str:
+    """The text as OmegaConf has to be given it to give it back: `${` has a meaning there, unless behind a backslash."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def _with_whole_values(cfg: DictConfig) -> DictConfig:

@@ -13,7 +13,7 @@ from dllm_jepa.config import _keys as keys
 from dllm_jepa.config import _lora_rules as lora_rules
 from dllm_jepa.config import _optimizer_rules as optimizer_rules
 from dllm_jepa.config import _rules as rules
-from dllm_jepa.config._kinds import Key
+from dllm_jepa.config._kinds import Key, Text
 
 Rule = Callable[..., list[str]]
 
@@ -39,6 +39,11 @@ class Schema:
         names = [key.name for key in self.keys]
         if len(set(names)) != len(names):
             raise ValueError(f"declared twice: {sorted({name for name in names if names.count(name) > 1})}")
+
+    @property
+    def verbatim(self) -> frozenset[str]:
+        """Names of the keys whose text on the command line is not yaml."""
+        return frozenset(key.name for key in self.keys if isinstance(key.kind, Text) and key.kind.verbatim)
 
 
 _RULES = (

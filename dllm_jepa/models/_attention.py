@@ -11,10 +11,12 @@ from torch.nn.attention.varlen import varlen_attn
 from torchtune.models.qwen2 import Qwen2RotaryPositionalEmbeddings
 from torchtune.modules import MultiHeadAttention, RMSNorm
 
+from dllm_jepa.kv_cache import KVCache
 from dllm_jepa.packing import PackedSequences
 
-AttentionMask = Tensor | PackedSequences | None
-"""None: every token sees its whole row. bool [B, T]: True at real tokens. `PackedSequences`: tokens see their own."""
+AttentionMask = Tensor | PackedSequences | KVCache | None
+"""None: every token sees its whole row. bool [B, T]: True at real tokens. `PackedSequences`: tokens see their own.
+`KVCache`: the fed tokens see their whole row, of which it keeps the rest; `input_pos` then says which are fed."""
 
 
 class RotaryEmbedding(Qwen2RotaryPositionalEmbeddings):
@@ -60,7 +62,7 @@ class BidirectionalAttention(MultiHeadAttention):
 
     pos_embeddings: RotaryEmbedding
 
-    def forward(  # type: ignore[override]  # the mask may be a `PackedSequences`
+    def forward(  # type: ignore[override]  # the mask may be more than a tensor
         self, x: Tensor, y: Tensor | None = None, *, mask: AttentionMask = None, input_pos: Tensor | None = None
     ) -> Tensor:
         """Self-attention.
@@ -81,6 +83,8 @@ class BidirectionalAttention(MultiHeadAttention):
         k = self.pos_embeddings(k, input_pos=input_pos)
         if isinstance(mask, PackedSequences):
             out = packed_attention(q[0], k[0], v[0], mask).unsqueeze(0)
+        elif isinstance(mask, KVCache):
+            out = padded_attention(q, *mask.update(self, k, v, input_pos), mask.key_mask)
         else:
             out = padded_attention(q, k, v, mask)
         projected: Tensor = self.output_proj(out.flatten(-2))
@@ -91,13 +95,13 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -
     """Bidirectional attention over the rows of a batch.
 
     Args:
-        q: [B, T, H, h].
+        q: [B, T, H, h], or fewer tokens than keys.
         k: [B, T, K, h].
         v: [B, T, K, h].
         key_mask: bool [B, T], True at real tokens, or None when every token is real.
 
     Returns:
-        [B, T, H, h]; values at padded positions mean nothing.
+        As `q`; values at padded positions mean nothing.
     """
     group = q.size(2) // k.size(2)
     # The fused CPU kernels take no grouped heads, and repeating k and v costs little beside the products.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchtune.modules import FeedForward, TransformerSelfAttentionLayer
 
 from dllm_jepa.errors import ConfigError
+from dllm_jepa.kv_cache import KVCache
 from dllm_jepa.models._attention import AttentionMask, BidirectionalAttention, CastRMSNorm, RotaryEmbedding
 from dllm_jepa.models._lora_settings import LoRASettings
 from dllm_jepa.packing import PackedSequences
@@ -129,27 +130,25 @@ class MaskedDiffusionLM(nn.Module):
         Args:
             tokens: int64 [B, T].
             attention_mask: bool or int [B, T], True or 1 at real tokens; a `PackedSequences` for a packed row
-                [1, N]; None when every token is real.
+                [1, N]; a `KVCache`, which `input_pos` then gives the columns of the fed tokens; None when every token
+                is real.
             input_pos: int64 [B, T], position of each token in its sequence; None counts from 0 at the left edge, pads
                 included (for a packed row: from the start of each sequence).
             logits_at: int64 [n], flat positions b * T + i whose token is to be scored; None for no logits. A shifted
                 model has no hidden state before the first token of a sequence and scores it, as the published code
-                does, from its own.
+                does, from its own. Where only some columns are fed, it needs the one before each that is scored.
 
         Returns:
             hidden [B, T, D] after the final norm, and logits [n, V] or None.
         """
-        if isinstance(attention_mask, PackedSequences):
-            mask: AttentionMask = attention_mask
-            if input_pos is None:
-                input_pos = _packed_positions(attention_mask, tokens.size(1))
-        else:
-            mask = None if attention_mask is None else attention_mask.bool()
+        mask = attention_mask.bool() if isinstance(attention_mask, Tensor) else attention_mask
+        if isinstance(mask, PackedSequences) and input_pos is None:
+            input_pos = _packed_positions(mask, tokens.size(1))
         hidden = self.backbone(tokens, mask=mask, input_pos=input_pos)
         if logits_at is None:
             return hidden, None
         if self.shift_logits:
-            logits_at = logits_at - (~_is_first(tokens, attention_mask))[logits_at].long()
+            logits_at = logits_at - (~_is_first(tokens, mask, input_pos))[logits_at].long()
         return hidden, self._score(hidden.flatten(0, 1)[logits_at])
 
     def token_logits(self, tokens: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
@@ -237,11 +236,13 @@ def _packed_positions(packing: PackedSequences, num_tokens: int) -> Tensor:
     return (row - starts.repeat_interleave(lengths, output_size=num_tokens)).unsqueeze(0)
 
 
-def _is_first(tokens: Tensor, attention_mask: AttentionMask) -> Tensor:
+def _is_first(tokens: Tensor, mask: AttentionMask, input_pos: Tensor | None) -> Tensor:
     """Bool [B * T], True at the first token of every sequence."""
+    if isinstance(mask, KVCache) and input_pos is not None:
+        return (input_pos == 0).flatten()
     first = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device)
-    if isinstance(attention_mask, PackedSequences):
-        first[attention_mask.cu_seqlens[:-1].long()] = True
+    if isinstance(mask, PackedSequences):
+        first[mask.cu_seqlens[:-1].long()] = True
     else:
         first[:: tokens.size(1)] = True
     return first

@@ -104,7 +104,7 @@ def test_evaluations_that_cannot_run(tmp_path: Path, changes: dict[str, Any], li
     ("changes", "launch", "line"),
     [
         pytest.param({"prompt": None}, ONE, "prompt, prompts_file: neither given", id="no prompt"),
-        pytest.param({"prompts_file": "-"}, ONE, "prompt, prompts_file: both given", id="two sources"),
+        pytest.param({"prompts_file": "a.txt"}, ONE, "prompt, prompts_file: both given", id="two sources"),
         pytest.param({"prompt": None, "prompts_file": "absent.txt"}, ONE, "prompts_file: 'absent.txt' is", id="file"),
         pytest.param({"html": "page.txt"}, ONE, "html: 'page.txt' given, must end in .html", id="ending"),
         pytest.param({"output": "absent/a.jsonl"}, ONE, "output: 'absent/a.jsonl' given, but the folder", id="folder"),

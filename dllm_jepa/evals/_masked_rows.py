@@ -1,0 +1,122 @@
+"""Scores of masked tokens: rows with holes go in, log-probabilities of what may stand in the holes come out.
+
+Shape legend: B rows of a forward pass, T tokens of the longest one, l masked tokens of a row, c candidates for each,
+n masked tokens of a forward pass, V vocabulary.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dllm_jepa.models import MaskedDiffusionLM
+
+# Masked tokens of a forward pass: at the 126,464 ids of LLaDA their logits take 0.5 GB in bf16 and 1 GB in fp32.
+MAX_MASKED_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class MaskedRow:
+    """A sequence of which some tokens are hidden.
+
+    Args:
+        tokens: the clean token ids.
+        masked: positions of the hidden ones, ascending; at least one.
+        candidates: ids to score at each hidden position, as many at each; None scores the clean token.
+    """
+
+    tokens: Sequence[int]
+    masked: Sequence[int]
+    candidates: Sequence[Sequence[int]] | None = None
+
+
+def draw_masked(key: str, stratum: int, num_strata: int, num_maskable: int) -> list[int]:
+    """Draw which tokens a stratum masks: a pure function of its arguments.
+
+    With u uniform in [0, 1), exactly l = ceil(L (k + u) / K) of the L tokens are masked, each set of that size as
+    likely as any other. Over all strata l is uniform on 1 ... L.
+
+    Args:
+        key: names the random numbers; equal keys draw equal ones.
+        stratum: k, in [0, K).
+        num_strata: K.
+        num_maskable: L, at least 1.
+
+    Returns:
+        l of the numbers 0 ... L - 1, ascending.
+    """
+    digest = hashlib.blake2b(f"{stratum} {key}".encode(), digest_size=16).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "big")))
+    ratio = (stratum + generator.random()) / num_strata
+    num_masked = max(1, math.ceil(num_maskable * ratio))  # of stratum 0 the ratio itself may be 0
+    order = np.argsort(generator.random(num_maskable), kind="stable")
+    return sorted(order[:num_masked].tolist())
+
+
+@torch.no_grad()
+def candidate_log_probs(
+    model: MaskedDiffusionLM, rows: Sequence[MaskedRow], *, mask_id: int, batch_size: int
+) -> list[Tensor]:
+    """Log-probabilities of the candidates at the hidden positions, normalized over the vocabulary in fp32.
+
+    The head scores hidden positions only, and no forward pass has more than `MAX_MASKED_TOKENS` of them, unless a
+    single row has.
+
+    Args:
+        model: the model, in evaluation mode.
+        rows: sequences of any lengths.
+        mask_id: id of the mask token.
+        batch_size: largest number of rows in one forward pass.
+
+    Returns:
+        fp32 [l, c] on the CPU for every row, in nats.
+    """
+    device = next(model.parameters()).device
+    results: list[Tensor] = [torch.empty(0)] * len(rows)
+    for batch in _batches(rows, batch_size):
+        logits = _masked_logits(model, [rows[index] for index in batch], mask_id, device)  # [n, V]
+        parts = logits.split([len(rows[index].masked) for index in batch])
+        for index, part in zip(batch, parts, strict=True):
+            row = rows[index]
+            candidates = row.candidates or [[row.tokens[position]] for position in row.masked]
+            scores = part.float()  # of one row at a time, since it may be twice as large as the logits
+            chosen = scores.gather(1, torch.tensor(candidates, device=device))  # [l, c]
+            results[index] = (chosen - scores.logsumexp(1, keepdim=True)).cpu()
+    return results
+
+
+def _batches(rows: Sequence[MaskedRow], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of the rows of each forward pass, longer ones first, so that little is padded."""
+    batch: list[int] = []
+    num_masked = 0
+    for index in sorted(range(len(rows)), key=lambda index: -len(rows[index].tokens)):
+        num_more = len(rows[index].masked)
+        if batch and (len(batch) == batch_size or num_masked + num_more > MAX_MASKED_TOKENS):
+            yield batch
+            batch, num_masked = [], 0
+        batch.append(index)
+        num_masked += num_more
+    if batch:
+        yield batch
+
+
+def _masked_logits(model: MaskedDiffusionLM, rows: Sequence[MaskedRow], mask_id: int, device: torch.device) -> Tensor:
+    """Logits [n, V] of the hidden positions, row after row."""
+    num_tokens = max(len(row.tokens) for row in rows)
+    tokens = torch.full((len(rows), num_tokens), mask_id)  # [B, T]; no token sees what stands behind a shorter row
+    real = torch.zeros(len(rows), num_tokens, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row.tokens)] = torch.tensor(row.tokens)
+        tokens[number, list(row.masked)] = mask_id
+        real[number, : len(row.tokens)] = True
+    positions = [number * num_tokens + position for number, row in enumerate(rows) for position in row.masked]
+    attention_mask = None if bool(real.all()) else real.to(device)
+    _, logits = model(
+        tokens.to(device), attention_mask=attention_mask, logits_at=torch.tensor(positions, device=device)
+    )
+    assert logits is not None, "the model was asked for logits"
+    return logits

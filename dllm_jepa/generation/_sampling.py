@@ -1,0 +1,128 @@
+"""Which token is picked for a masked position, and how sure that is.
+
+Shape legend: B rows, m scored tokens of a row, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_jepa.generation._noise import RowNoise, gumbel
+
+# Far enough down for a probability of zero in fp32, whatever the scores: no score is above the highest one.
+_CUT = 1e4
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Picks from softmax(logits / temperature), cut to the likeliest tokens; at temperature 0 the likeliest one.
+
+    Args:
+        temperature: at least 0.
+        top_p: keep the fewest likeliest tokens with more than this probability together, in (0, 1]; None keeps all.
+        top_k: keep as many tokens, at least 1; None keeps all.
+        sharpen_confidence: confidences are measured after temperature and cuts (Dream) instead of before (LLaDA).
+
+    Source: for the argmax over Gumbel noise, which is a draw from the softmax, ML-GSAI/LLaDA, generate.py,
+        `add_gumbel_noise`; for the cuts and their order DreamLM/Dream, generation_utils.py, `sample_tokens`.
+    """
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    sharpen_confidence: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+
+    def __call__(self, logits: Tensor, banned: Tensor, noise: RowNoise) -> tuple[Tensor, Tensor]:
+        """Pick.
+
+        Args:
+            logits: fp32 [B, m, V].
+            banned: bool [V], True at ids that are never picked.
+            noise: random numbers of the step.
+
+        Returns:
+            Token ids [B, m], and the logits [B, m, V] in which confidences are measured.
+        """
+        scores = logits / self.temperature if self.temperature > 0 else logits
+        if self.top_p is not None:
+            scores = _cut_to_top_p(scores, self.top_p)
+        if self.top_k is not None:
+            scores = _cut_to_top_k(scores, self.top_k)
+        # What is cut keeps its order: where nothing else is allowed, the likeliest of it is still found.
+        allowed = scores.masked_fill(banned, -torch.inf)
+        if self.temperature > 0:
+            picked = torch.zeros(allowed.shape[:2], dtype=torch.int64, device=allowed.device)
+            for row, row_noise, ids in zip(allowed, noise.gumbel_rows(allowed.size(-1)), picked, strict=True):
+                ids[: len(row_noise)] = (row[: len(row_noise)] + row_noise).argmax(-1)
+        else:
+            picked = allowed.argmax(-1)
+        return picked, scores if self.sharpen_confidence else logits
+
+
+def _cut_to_top_p(scores: Tensor, top_p: float) -> Tensor:
+    ordered, order = scores.sort(dim=-1, descending=True)
+    before = ordered.softmax(-1).cumsum(-1).roll(1, dims=-1)  # probability of all that are likelier
+    before[..., 0] = 0.0
+    cut = _CUT * (before > top_p).to(scores.dtype)
+    return scores - torch.zeros_like(scores).scatter(-1, order, cut)
+
+
+def _cut_to_top_k(scores: Tensor, top_k: int) -> Tensor:
+    lowest_kept = scores.topk(min(top_k, scores.size(-1))).values[..., -1:]
+    return torch.where(scores < lowest_kept, scores - _CUT, scores)
+
+
+def probability(scores: Tensor, picked: Tensor, noise: RowNoise) -> Tensor:
+    """The probability of the picked token."""
+    return (scores.gather(-1, picked[..., None]).squeeze(-1) - scores.logsumexp(-1)).exp()
+
+
+def margin(scores: Tensor, picked: Tensor, noise: RowNoise) -> Tensor:
+    """How much likelier the likeliest token is than the second one."""
+    first, second = (scores.topk(2).values - scores.logsumexp(-1, keepdim=True)).exp().unbind(-1)
+    return first - second
+
+
+def negative_entropy(scores: Tensor, picked: Tensor, noise: RowNoise) -> Tensor:
+    """The sum of p log(p + 1e-10) over the vocabulary: 0 where the model is certain, else below."""
+    probabilities = scores.softmax(-1)
+    return (probabilities * (probabilities + 1e-10).log()).sum(-1)
+
+
+def random_order(scores: Tensor, picked: Tensor, noise: RowNoise) -> Tensor:
+    """Random numbers: any token may come first."""
+    return noise.uniform().float()
+
+
+CONFIDENCES: dict[str, Callable[[Tensor, Tensor, RowNoise], Tensor]] = {
+    "probability": probability,
+    "margin": margin,
+    "negative_entropy": negative_entropy,
+    "random": random_order,
+}
+"""By name: from the logits [B, m, V], the picked ids [B, m] and random numbers to confidences, fp32 [B, m]."""
+
+
+def perturbed(confidence: Tensor, temperature: float, noise: RowNoise) -> Tensor:
+    """An order drawn from the confidences: the highest k are k draws without replacement from their softmax.
+
+    Args:
+        confidence: [B, m].
+        temperature: above 0; the higher, the less the confidences count.
+        noise: random numbers of the step.
+
+    Returns:
+        float64 [B, m].
+    """
+    return confidence.double() / temperature + gumbel(noise.uniform())

@@ -1,0 +1,117 @@
+"""How the logits of masked tokens are computed: exactly, with guidance, or from kept keys and values.
+
+Shape legend: B rows, T tokens of a row, m scored tokens of a row, n scored tokens, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from dllm_jepa.generation._canvas import CanvasRows
+from dllm_jepa.kv_cache import KVCache
+
+Cache = Literal["none", "prefix", "dual"]
+
+Scorer = Callable[[CanvasRows, Tensor, int], Tensor]
+"""From the rows, the columns [B, m] to score and the number of the step to logits fp32 [B, m, V]."""
+
+
+class DenoisingModel(Protocol):
+    """What decoding needs of a model."""
+
+    @property
+    def shift_logits(self) -> bool:
+        """Whether a token is scored from the state before it; only asked for with a cache."""
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        *,
+        attention_mask: Tensor | KVCache | None = None,
+        input_pos: Tensor | None = None,
+        logits_at: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Anything, and the logits [n, V] of the tokens at the flat positions `logits_at` [n].
+
+        Without a cache, `input_pos` is not given.
+        """
+
+
+def exact_scorer(model: DenoisingModel) -> Scorer:
+    """Every step feeds whole rows."""
+
+    def score(rows: CanvasRows, columns: Tensor, step: int) -> Tensor:
+        _, logits = model(rows.tokens, attention_mask=rows.real, logits_at=_flat(columns, rows.tokens.size(1)))
+        return _rectangle(logits, columns)
+
+    return score
+
+
+def guided_scorer(model: DenoisingModel, cfg_scale: float, mask_id: int) -> Scorer:
+    """Moves the logits away from those without a prompt: every step feeds each row twice, its prompt masked once.
+
+    Source: ML-GSAI/LLaDA, generate.py, `generate`, `cfg_scale`.
+    """
+
+    def score(rows: CanvasRows, columns: Tensor, step: int) -> Tensor:
+        in_prompt = torch.arange(rows.tokens.size(1), device=columns.device) < rows.lengths[:, None]
+        tokens = torch.cat((rows.tokens, rows.tokens.masked_fill(in_prompt, mask_id)))
+        real = None if rows.real is None else rows.real.repeat(2, 1)
+        twice = columns.repeat(2, 1)
+        _, logits = model(tokens, attention_mask=real, logits_at=_flat(twice, tokens.size(1)))
+        with_prompt, without = _rectangle(logits, twice).chunk(2)
+        return without + (cfg_scale + 1) * (with_prompt - without)
+
+    return score
+
+
+class CachedScorer:
+    """Feeds whole rows at the start of a block, and then only what a cache leaves to be fed.
+
+    Args:
+        model: the model.
+        cache: `prefix` feeds the canvas from the block on, `dual` the block alone.
+        refresh: feed whole rows again every so many steps of a block; None at its start alone.
+
+    Source: Wu et al. 2025, "Fast-dLLM" (arXiv 2505.22618), section 3.2.
+    """
+
+    def __init__(self, model: DenoisingModel, cache: Cache, refresh: int | None) -> None:
+        self._model = model
+        self._cache = cache
+        self._refresh = refresh
+        self._kept: KVCache | None = None
+        self._period: tuple[tuple[int, int], int] | None = None  # block and refresh that the kept ones are from
+
+    def __call__(self, rows: CanvasRows, columns: Tensor, step: int) -> Tensor:
+        """See `Scorer`."""
+        # Not "every so many passes": a step without a pass in one row may be one with a pass in another.
+        period = (rows.block, 0 if self._refresh is None else step // self._refresh)
+        if self._kept is None or period != self._period:
+            self._kept, self._period = KVCache(rows.real), period
+            at = _flat(columns, rows.tokens.size(1))
+            _, logits = self._model(rows.tokens, attention_mask=self._kept, logits_at=at)
+            return _rectangle(logits, columns)
+        start, stop = rows.block
+        # A shifted model scores the first token of the block from the state before it.
+        fed = rows.columns(start - self._model.shift_logits, rows.gen_length if self._cache == "prefix" else stop)
+        _, logits = self._model(
+            rows.tokens.gather(1, fed),
+            attention_mask=self._kept,
+            input_pos=fed,
+            logits_at=_flat(columns - fed[:, :1], fed.size(1)),
+        )
+        return _rectangle(logits, columns)
+
+
+def _flat(columns: Tensor, num_tokens: int) -> Tensor:
+    """int64 [B * m], positions in rows of `num_tokens` that are laid end to end."""
+    starts = num_tokens * torch.arange(len(columns), device=columns.device)
+    return (starts[:, None] + columns).flatten()
+
+
+def _rectangle(logits: Tensor | None, columns: Tensor) -> Tensor:
+    assert logits is not None, "the model was asked for logits"
+    return logits.float().view(*columns.shape, -1)

@@ -1,0 +1,209 @@
+"""Scores of regexes, and the equality of languages that they rest on."""
+
+import random
+import time
+from typing import Any
+
+import pytest
+
+from dllm_jepa.data import generate_regex_pairs
+from dllm_jepa.errors import DataError
+from dllm_jepa.evals import Score
+from dllm_jepa.evals import _regex_language as regex_language
+from dllm_jepa.evals.nlrx import best_constant, equivalent, gold_regex, is_empty, score
+
+# Pairs of regexes in the style of NL-RX: the same lines, then different lines.
+SAME = [
+    (r"~(\b)dog", ".+dog"),
+    (r"~(\b)dog", ".{1,}dog"),
+    (r"\bdog\b", "dog"),
+    (r"\b(dog)(.*)\b", "dog|dog(.*)[A-Za-z0-9_]"),
+    (r"(.*)(\b([A-Za-z]){7,}\b)", r"([A-Za-z]){7,}|.*(\W)([A-Za-z]){7,}"),
+    (r".*\bdog\b.*", r"(.*\W)?dog(\W.*)?"),
+    (r"~(.*\bdog\b.*)", r"~((.*\W)?dog(\W.*)?)"),
+    (r"\b.*\b", r"\w|\w.*\w"),
+    (r"~(\b.*\b)", r"(\W.*)?|.*\W"),
+    (r"\b*dog", "dog"),
+    (r"(\b){3}dog", "dog"),
+    (r"\b\b", "[^\\s\\S]"),
+    (r"~(\b)", ".*"),
+    (r"a~(\b)b", "a.*b"),
+    (r"a(~(\b)&())b", "ab"),
+    (r"a~(\b)-", "a.+-"),
+    (r"(\b|a){2}-", "a{1,2}-"),
+    (r"(\b|a){2}a", "a{1,3}"),
+    ("((.*)(dog))|((.*)(truck))", ".*(dog|truck)"),
+    ("~(~(.*dog.*)|~(.*truck.*))", "(.*dog.*)&(.*truck.*)"),
+    ("(.*dog.*)&(.*truck.*)", ".*dog.*truck.*|.*truck.*dog.*"),
+    ("([0-9])&([A-Z])", "~(.*)"),
+    ("((dog)&([a-z])).*", "~(.*)"),
+    (".*(.*)(([AEIOUaeiou])*).*", ".*"),
+    ("(([A-Za-z])+).*([0-9]).*", "[A-Za-z].*[0-9].*"),
+    (".*([a-z])|([AEIOUaeiou])|([A-Za-z]).*", r"(.*[a-z])|[AEIOU]|([A-Z].*)|([a-z].*)"),
+    ("((.*dog.*)|(truck)){2,}", "(.*dog.*|truck)(.*dog.*|truck)+"),
+    ("((.)(.*)){3,}", ".{3,}"),
+    ("~((.*[0-9].*){3,})", "([^0-9]*[0-9]?){2}[^0-9]*"),
+]
+DIFFERENT = [
+    (r"~(\b)dog", ".*dog"),
+    (r"~(\bdog)", ".+dog"),
+    (r"\bdog", "~(.*)"),
+    (r".*\bdog\b.*", ".*dog.*"),
+    (r".*\bdog.*", r".*dog\b.*"),
+    (r"\b.*\b", ".*"),
+    (".*dog.*truck.*", ".*truck.*dog.*"),
+    ("(.*dog.*)&(.*truck.*)", ".*dog.*truck.*"),
+    (".*[a-z].*", ".*[A-Za-z].*"),
+    ("([a-z].*){2,}", "([a-z].*){3,}"),
+    ("~(.*dog.*)", "~(dog)"),
+    ("dog", "Dog"),
+    ("", "~(.*)"),
+    ("~()", ".*"),
+    ("~(.)", ".*"),
+]
+
+HOSTILE = {
+    "nested repeats": "(((.{64}){64}){64}){64}",
+    "many repeats": "a" + "{64}" * 200,
+    "postfixes": "a" + "{2,64}" * 140,
+    "subsets": ".*a.{40}",
+    "subsets of unions": "|".join(f".*{letter}.{{9}}" for letter in "abcdefghijklmnopqrstuvwxyz"),
+    "intersections": "&".join(f"(.*{letter}.*){{5,}}" for letter in "abcdefghijklmnopqrstuvwxyz"),
+    "complements": "(~((~((~((~((~((.*a.*){3})b){3})c){3})d){3})e){3})f){3}",
+    "boundaries": r"(\b.*a.*b.*c.*|d\b.*\bf){64}",
+    "optional letters": "".join(f"{chr(97 + number % 26)}?" for number in range(499)),
+    "stars": "a*b*" * 240,
+    "alternatives": "(" + "|".join("a" * length for length in range(1, 40)) + "){64}",
+    "long words": "(" + "".join(chr(97 + number * number % 26) for number in range(900)) + "){64}",
+    "depth": "(a.*b|c" * 80 + ")*d" * 80,
+    "parentheses": "(" * 5000 + ")" * 5000,
+    "open parentheses": "(" * 1000,
+    "brackets": "[" * 1000,
+    "megabyte": "a" * 1_000_000,
+    "megabyte of parentheses": "(" * 500_000 + ")" * 500_000,
+    "megabyte of complements": "~" * 1_000_000,
+    "megabyte of digits": "a{" + "9" * 1_000_000 + "}",
+    "surrogates": "(\ud800",
+}
+
+
+@pytest.mark.parametrize(("regex", "other"), SAME)
+def test_same_lines(regex: str, other: str) -> None:
+    assert equivalent(regex, other) and equivalent(other, regex)
+
+
+@pytest.mark.parametrize(("regex", "other"), DIFFERENT)
+def test_different_lines(regex: str, other: str) -> None:
+    assert not equivalent(regex, other) and not equivalent(other, regex)
+
+
+@pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_regexes_equal_nothing_and_end_soon(hostile: str) -> None:
+    start = time.process_time()
+    assert not equivalent(hostile, hostile)
+    middle = time.process_time()
+    assert not equivalent(".*dog.*", hostile)
+    assert max(middle - start, time.process_time() - middle) < 2
+
+
+def test_random_texts_never_raise() -> None:
+    rng = random.Random(0)
+    num_regexes = 0
+    for _ in range(3000):
+        pieces = rng.choices(
+            ["|", "&", "~", "(", ")", "[", "]", "{2}", "{", "*", "\\", "\\b", "^", "-", "a", "9", "\udfff"], k=6
+        )
+        text = "".join(pieces)
+        num_regexes += equivalent(text, text)
+    assert 100 < num_regexes < 2000, num_regexes
+
+
+@pytest.mark.parametrize("task", ["first", "second"])
+def test_built_in_pairs(task: Any) -> None:
+    regexes = [pair["regex"] for pair in generate_regex_pairs(num_pairs=60, seed=0, split="train", task=task)]
+    for regex, other in zip(regexes, regexes[1:], strict=False):
+        # By construction no language of theirs is empty or takes every line.
+        assert not is_empty(regex) and not is_empty(f"~({regex})")
+        assert equivalent(regex, f"~(~({regex})|~({regex}.{{0}}))")
+        assert equivalent(f"({regex})&~({other})", f"~(~({regex})|({other}))")
+
+
+def test_score() -> None:
+    row = {"description": "lines with dog", "regex": ".*dog.*"}
+    assert score(" .*dog.*\n", row) == Score(
+        {"functional_match": True, "exact_match": True, "functional_match_nonempty": True}
+    )
+    assert score(".*(dog).*", row) == Score(
+        {"functional_match": True, "exact_match": False, "functional_match_nonempty": True}
+    )
+    assert score(".*cat.*", row) == Score(
+        {"functional_match": False, "exact_match": False, "functional_match_nonempty": False}
+    )
+    assert list(score("a", row).measures)[0] == "functional_match"
+
+
+def test_score_on_an_empty_language() -> None:
+    row = {"regex": "([0-9])&([a-z])"}
+    assert score("~(.*)", row).measures == {
+        "functional_match": True,
+        "exact_match": False,
+        "functional_match_nonempty": None,
+    }
+    assert score(".*", row).measures["functional_match_nonempty"] is None and not score(".*", row).value
+
+
+def test_score_says_why_a_prediction_cannot_be_compared() -> None:
+    row = {"regex": ".*dog.*"}
+    assert score("(dog", row).note == "unparsable: a ( without ) at character 4"
+    assert score(HOSTILE["subsets"], row).note == "too large: more operations than the bound allows"
+    assert score(HOSTILE["depth"], row).note == "too large: nested deeper than 64 operators"
+    assert score("(dog", row).value is False and score(HOSTILE["depth"], row).value is False
+
+
+def test_score_in_the_dialect_without_word_boundaries() -> None:
+    row = {"regex": r"\bdog"}
+    assert score("dog", row).value and not score("bdog", row).value
+    assert score("bdog", row, dialect="brics").value and not score("dog", row, dialect="brics").value
+    assert score("~(.*)", {"regex": r"a\bb"}).measures["functional_match_nonempty"] is None
+    assert score("abb", {"regex": r"a\bb"}, dialect="brics").measures["functional_match_nonempty"] is True
+
+
+@pytest.mark.parametrize("regex", ["(dog", HOSTILE["depth"]])
+def test_a_gold_regex_that_cannot_be_compared_is_refused(regex: str) -> None:
+    assert gold_regex({"regex": " .*dog\n"}) == ".*dog"
+    for refuse in (lambda: gold_regex({"regex": regex}), lambda: score("a", {"regex": regex})):
+        with pytest.raises(DataError, match="field 'regex' is '.*', which cannot be compared: .*remove the row"):
+            refuse()
+
+
+def test_is_empty() -> None:
+    assert is_empty("~(.*)") and is_empty(r"dog\bs") and is_empty("[a-z]&[0-9]") and is_empty("(dog)&(truck)")
+    assert not is_empty("") and not is_empty("~()") and not is_empty(r"dog\b")
+    with pytest.raises(ValueError, match="without"):
+        is_empty("(")
+
+
+def test_best_constant() -> None:
+    regexes = ["a&b", ".*dog", "[0-9]&[a-z]", "(.*)(dog)", "c", "((.)*)dog", "c", ".*(dog)"]
+    assert best_constant(regexes) == (".*dog", 4)
+    assert best_constant(["ab", "a|b", "c&d", "b|a"]) == ("a|b", 2)
+    assert best_constant(["x", "y", "y", "x"]) == ("x", 2)
+    with pytest.raises(ValueError, match="there is no regex"):
+        best_constant([])
+    with pytest.raises(ValueError, match="without"):
+        best_constant(["a", "("])
+
+
+def test_best_constant_compares_what_has_the_same_fingerprint() -> None:
+    """Beyond the length that fingerprints look at, only the comparison tells languages apart."""
+    beyond = regex_language.FINGERPRINT_LENGTH + 1
+    first, second = (regex_language.read_language(f"{letter}{{{beyond}}}", dialect="word_boundary") for letter in "ab")
+    assert first.fingerprint() == second.fingerprint() and not first.equals(second)
+    assert best_constant([f"a{{{beyond}}}", f"b{{{beyond}}}", f"b{{{beyond}}}()"]) == (f"b{{{beyond}}}", 2)
+
+
+def test_fingerprints_belong_to_languages() -> None:
+    languages = [[regex_language.read_language(regex, dialect="word_boundary") for regex in pair] for pair in SAME]
+    assert all(first.fingerprint() == second.fingerprint() for first, second in languages)
+    names = ["dog", "god", "do", "[0-9]", "[AEIOUaeiou]", "[a-j]", ".*[0-9].*", ".*[AEIOUaeiou].*", "", ".*", "~(.*)"]
+    assert len({regex_language.read_language(n, dialect="word_boundary").fingerprint() for n in names}) == len(names)
