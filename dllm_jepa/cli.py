@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if words[:1] == ["run"]:  # torchrun's options come before the recipe: not for argparse
             _run(words[1:])
+        elif words[:1] == ["lm-eval"]:
+            _lm_eval(words[1:])
         else:
             parser = _parser()
             parsed, rest = parser.parse_known_args(words)
@@ -91,8 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("b", type=Path, help="output_dir of another one")
     compare.set_defaults(command=_compare)
 
-    # Only for --help; `main` sends the words on to `tune run`.
+    # Only for --help; `main` sends the words on to `tune run` and `lm_eval`.
     commands.add_parser("run", help="run a recipe, with any options of torchrun", usage=_RUN_USAGE)
+    commands.add_parser("lm-eval", help="run lm-evaluation-harness on a model of this package, with its own options")
     return parser
 
 
@@ -248,6 +251,19 @@ def _run(words: list[str]) -> None:
         tune.load()()
     except (ChildFailedError, SignalException):  # the ranks have said why
         sys.exit(1)
+
+
+def _lm_eval(words: list[str]) -> None:
+    """Do what `lm_eval` does, with our models among those that it knows: it has no plug-in point for others."""
+    try:
+        from dllm_jepa import lm_eval_adapter
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "lm_eval":
+            raise
+        raise LaunchError("lm-eval needs lm-evaluation-harness: pip install 'dllm-jepa[lm-eval]'") from error
+    is_named = any(word == "--model" or word.startswith("--model=") for word in words)
+    sys.argv = ["lm_eval", *words, *([] if is_named else ["--model", "dllm_jepa"])]
+    lm_eval_adapter.main()
 
 
 def _with_separate_config(words: list[str]) -> list[str]:

@@ -54,3 +54,10 @@ class KVCache:
         keys[rows, columns] = k
         values[rows, columns] = v
         return keys, values
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget all rows but these, which are the ones that later passes feed."""
+        if self.key_mask is not None:
+            self.key_mask = self.key_mask[rows]
+        for layer, (keys, values) in self._kept.items():
+            self._kept[layer] = keys[rows], values[rows]

@@ -1,6 +1,6 @@
 """Our models in lm-evaluation-harness (`lm_eval`), under the name `dllm_jepa`.
 
-    python -m dllm_jepa.lm_eval_adapter --model dllm_jepa --model_args checkpoint_dir=LLaDA-8B-Instruct --tasks gsm8k
+    dllm-jepa lm-eval --model_args checkpoint_dir=LLaDA-8B-Instruct --tasks gsm8k
 
 takes all arguments of the command `lm_eval`. The harness has no plug-in point for models: it knows those that are part
 of it and those that were registered before it looks, which is what importing this module does. From Python:

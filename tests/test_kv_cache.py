@@ -90,6 +90,24 @@ def test_what_is_fed_is_replaced_and_the_rest_stays_as_it_was(model: MaskedDiffu
     assert not torch.allclose(fed, exact[torch.arange(3)[:, None], FED])
 
 
+def test_rows_that_are_not_kept_leave_the_others_as_they_are(model: MaskedDiffusionLM) -> None:
+    tokens, real = rows()
+    outs = []
+    for kept in ([0, 1, 2], [2, 0]):
+        cache = KVCache(real)
+        model(tokens, attention_mask=cache)
+        cache.keep(kept)
+        fed, columns = tokens.gather(1, FED).flip(1)[kept], FED[kept]
+        for _ in range(2):
+            hidden, _ = model(fed, attention_mask=cache, input_pos=columns)
+        outs.append(hidden)
+    torch.testing.assert_close(outs[1], outs[0][[2, 0]])
+    unpadded = KVCache(None)
+    model(tokens, attention_mask=unpadded)
+    unpadded.keep([1])
+    assert unpadded.key_mask is None
+
+
 def test_padding_is_never_seen(model: MaskedDiffusionLM) -> None:
     tokens, real = rows()
     outs = []

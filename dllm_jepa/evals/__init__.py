@@ -11,6 +11,7 @@ from dllm_jepa.evals._summary import summarize, table
 from dllm_jepa.evals._task import EvalTask
 from dllm_jepa.evals._tasks import django_task, gsm8k_task, nlrx_task, regex_pairs_task, spider_task
 from dllm_jepa.evals.heldout import HeldoutTask, heldout_task
+from dllm_jepa.evals.likelihood import conditional_log_likelihood
 from dllm_jepa.evals.mmlu import MMLUTask, mmlu_task
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Shots",
     "build_generation_task",
     "compare",
+    "conditional_log_likelihood",
     "django_task",
     "gsm8k_task",
     "heldout_task",

@@ -79,7 +79,7 @@ def candidate_log_probs(
     results: list[Tensor] = [torch.empty(0)] * len(rows)
     for batch in _batches(rows, batch_size):
         logits = _masked_logits(model, [rows[index] for index in batch], mask_id, device)  # [n, V]
-        parts = logits.split([len(rows[index].masked) for index in batch])
+        parts = torch.split(logits, [len(rows[index].masked) for index in batch])
         for index, part in zip(batch, parts, strict=True):
             row = rows[index]
             candidates = row.candidates or [[row.tokens[position]] for position in row.masked]
@@ -118,5 +118,5 @@ def _masked_logits(model: MaskedDiffusionLM, rows: Sequence[MaskedRow], mask_id:
     _, logits = model(
         tokens.to(device), attention_mask=attention_mask, logits_at=torch.tensor(positions, device=device)
     )
-    assert logits is not None, "the model was asked for logits"
+    assert isinstance(logits, Tensor), "the model was asked for logits"
     return logits

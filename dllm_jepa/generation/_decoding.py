@@ -10,7 +10,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from dllm_jepa.generation._canvas import CanvasRows
+from dllm_jepa.generation._canvas import Canvases, build_rows
 from dllm_jepa.generation._noise import RowNoise
 from dllm_jepa.generation._sampling import CONFIDENCES, Sampling, perturbed
 from dllm_jepa.generation._schedules import Schedule, SpeedUp
@@ -175,16 +175,16 @@ class Decoding:
             raise ValueError("seeds must be given, one per prompt: this decoding draws random numbers")
         if seeds is not None and len(seeds) != len(prompts):
             raise ValueError(f"seeds must be one per prompt ({len(prompts)}), got {len(seeds)}")
-        rows = CanvasRows(
+        rows = build_rows(
             prompts,
             gen_length=self.gen_length,
             mask_id=mask_id,
             pad_id=pad_id,
-            stop_ids=stop_ids,
             seeds=seeds if self.is_random and seeds is not None else (),
             device=device,
         )
-        return self._denoise(rows, self._scorer(model, mask_id), _Banned(mask_id, token_ids))
+        canvases = Canvases(rows, stop_ids=stop_ids, pad_id=pad_id)
+        return self._denoise(canvases, self._scorer(model, mask_id), _Banned(mask_id, token_ids))
 
     def _scorer(self, model: DenoisingModel, mask_id: int) -> Scorer:
         if self.cfg_scale > 0:
@@ -192,39 +192,37 @@ class Decoding:
         return exact_scorer(model) if self.cache == "none" else CachedScorer(model, self.cache, self.cache_refresh)
 
     @torch.no_grad()
-    def _denoise(self, rows: CanvasRows, score: Scorer, banned: "_Banned") -> Iterator[DenoisingStep]:
-        num_passes = [0] * len(rows.prompts)
+    def _denoise(self, canvases: Canvases, score: Scorer, banned: "_Banned") -> Iterator[DenoisingStep]:
+        num_passes = [0] * len(canvases.rows.prompts)
         for start in range(0, self.gen_length, self.block_length):
-            rows.open_block(start, min(start + self.block_length, self.gen_length))
+            canvases.open_block(start, min(start + self.block_length, self.gen_length))
             for step in range(self.schedule.steps):
-                wanted = self._plan(rows, step)
+                wanted = self._plan(canvases, step)
                 if not any(wanted):
                     continue
-                for prompt, count in zip(rows.prompts, wanted, strict=True):
+                for prompt, count in zip(canvases.rows.prompts, wanted, strict=True):
                     num_passes[prompt] += count > 0
-                self._fill(rows, score, banned, step, wanted)
-                is_full = not any(rows.left)
+                self._fill(canvases, score, banned, step, wanted)
+                is_full = not any(canvases.left)
                 if is_full:
-                    rows.close_block()
-                yield DenoisingStep(rows.all_canvases(), list(num_passes))
+                    canvases.close_block()
+                yield DenoisingStep(canvases.now(), list(num_passes))
                 if is_full:
                     break
-            if not rows.prompts:
+            if not canvases.rows.prompts:
                 return
 
-    def _plan(self, rows: CanvasRows, step: int) -> list[int]:
+    def _plan(self, canvases: Canvases, step: int) -> list[int]:
         """Tokens to commit in each row at the least; a row with none takes no part in the step."""
-        wanted = self.schedule.plan(rows.left, step, rows.generators)
-        if self.speed_up is None:
-            return wanted
-        return [max(count, min(1, left)) for count, left in zip(wanted, rows.left, strict=True)]
+        wanted = self.schedule.plan(canvases.left, step, canvases.rows.generators)
+        return wanted if self.speed_up is None else [max(count, 1) for count in wanted]
 
-    def _fill(self, rows: CanvasRows, score: Scorer, banned: "_Banned", step: int, wanted: list[int]) -> None:
+    def _fill(self, canvases: Canvases, score: Scorer, banned: "_Banned", step: int, wanted: list[int]) -> None:
         """One step: score the masked tokens, pick a token for each, and commit the surest ones."""
-        asked = [left if count else 0 for left, count in zip(rows.left, wanted, strict=True)]
-        columns, masked = rows.first_masked(max(asked))  # [B, m]
-        logits = score(rows, columns, step)  # [B, m, V]
-        noise = RowNoise(rows.generators, asked, columns.size(1))
+        asked = [left if count else 0 for left, count in zip(canvases.left, wanted, strict=True)]
+        columns, masked = canvases.first_masked(max(asked))  # [B, m]
+        logits = score(canvases, columns, step)  # [B, m, V]
+        noise = RowNoise(canvases.rows.generators, asked, columns.size(1))
         picked, scores = self.sampling(logits, banned.among(logits), noise)  # [B, m], [B, m, V]
         confidence = CONFIDENCES[self.confidence](scores, picked, noise)  # [B, m]
         if self.alg_temp > 0:
@@ -232,13 +230,11 @@ class Decoding:
         ordered, order = confidence.masked_fill(~masked, -torch.inf).sort(dim=1, descending=True, stable=True)
         count = torch.tensor(wanted, device=order.device)[:, None] if len(set(wanted)) > 1 else wanted[0]
         is_among_first = torch.arange(order.size(1), device=order.device).expand_as(order) < count
+        left: list[int] | None = [num - count for num, count in zip(canvases.left, wanted, strict=True)]
         if self.speed_up is not None:
             is_among_first = is_among_first | self.speed_up.may_commit(ordered)
-        rows.commit(columns, picked, torch.zeros_like(masked).scatter(1, order, is_among_first))
-        if self.speed_up is None:
-            rows.left = [left - count for left, count in zip(rows.left, wanted, strict=True)]
-        else:
-            rows.left = rows.count_left()
+            left = None
+        canvases.commit(columns, picked, torch.zeros_like(masked).scatter(1, order, is_among_first), left)
 
 
 class _Banned:

@@ -9,13 +9,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from dllm_jepa.generation._canvas import CanvasRows
+from dllm_jepa.generation._canvas import Canvases
 from dllm_jepa.kv_cache import KVCache
 
 Cache = Literal["none", "prefix", "dual"]
 
-Scorer = Callable[[CanvasRows, Tensor, int], Tensor]
-"""From the rows, the columns [B, m] to score and the number of the step to logits fp32 [B, m, V]."""
+Scorer = Callable[[Canvases, Tensor, int], Tensor]
+"""From the canvases, the columns [B, m] to score and the number of the step to logits fp32 [B, m, V]."""
 
 
 class DenoisingModel(Protocol):
@@ -42,7 +42,8 @@ class DenoisingModel(Protocol):
 def exact_scorer(model: DenoisingModel) -> Scorer:
     """Every step feeds whole rows."""
 
-    def score(rows: CanvasRows, columns: Tensor, step: int) -> Tensor:
+    def score(canvases: Canvases, columns: Tensor, step: int) -> Tensor:
+        rows = canvases.rows
         _, logits = model(rows.tokens, attention_mask=rows.real, logits_at=_flat(columns, rows.tokens.size(1)))
         return _rectangle(logits, columns)
 
@@ -55,7 +56,8 @@ def guided_scorer(model: DenoisingModel, cfg_scale: float, mask_id: int) -> Scor
     Source: ML-GSAI/LLaDA, generate.py, `generate`, `cfg_scale`.
     """
 
-    def score(rows: CanvasRows, columns: Tensor, step: int) -> Tensor:
+    def score(canvases: Canvases, columns: Tensor, step: int) -> Tensor:
+        rows = canvases.rows
         in_prompt = torch.arange(rows.tokens.size(1), device=columns.device) < rows.lengths[:, None]
         tokens = torch.cat((rows.tokens, rows.tokens.masked_fill(in_prompt, mask_id)))
         real = None if rows.real is None else rows.real.repeat(2, 1)
@@ -84,17 +86,22 @@ class CachedScorer:
         self._refresh = refresh
         self._kept: KVCache | None = None
         self._period: tuple[tuple[int, int], int] | None = None  # block and refresh that the kept ones are from
+        self._prompts: list[int] = []  # whose they are
 
-    def __call__(self, rows: CanvasRows, columns: Tensor, step: int) -> Tensor:
+    def __call__(self, canvases: Canvases, columns: Tensor, step: int) -> Tensor:
         """See `Scorer`."""
+        rows = canvases.rows
         # Not "every so many passes": a step without a pass in one row may be one with a pass in another.
-        period = (rows.block, 0 if self._refresh is None else step // self._refresh)
+        period = (canvases.block, 0 if self._refresh is None else step // self._refresh)
         if self._kept is None or period != self._period:
-            self._kept, self._period = KVCache(rows.real), period
+            self._kept, self._period, self._prompts = KVCache(rows.real), period, rows.prompts
             at = _flat(columns, rows.tokens.size(1))
             _, logits = self._model(rows.tokens, attention_mask=self._kept, logits_at=at)
             return _rectangle(logits, columns)
-        start, stop = rows.block
+        if rows.prompts != self._prompts:
+            self._kept.keep([self._prompts.index(prompt) for prompt in rows.prompts])
+            self._prompts = rows.prompts
+        start, stop = canvases.block
         # A shifted model scores the first token of the block from the state before it.
         fed = rows.columns(start - self._model.shift_logits, rows.gen_length if self._cache == "prefix" else stop)
         _, logits = self._model(

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torchtune.modules import FeedForward, TransformerSelfAttentionLayer
 
 from dllm_jepa.errors import ConfigError
-from dllm_jepa.kv_cache import KVCache
 from dllm_jepa.models._attention import AttentionMask, BidirectionalAttention, CastRMSNorm, RotaryEmbedding
 from dllm_jepa.models._lora_settings import LoRASettings
 from dllm_jepa.packing import PackedSequences
@@ -148,7 +147,7 @@ class MaskedDiffusionLM(nn.Module):
         if logits_at is None:
             return hidden, None
         if self.shift_logits:
-            logits_at = logits_at - (~_is_first(tokens, mask, input_pos))[logits_at].long()
+            logits_at = logits_at - (~_is_first(tokens, attention_mask))[logits_at].long()
         return hidden, self._score(hidden.flatten(0, 1)[logits_at])
 
     def token_logits(self, tokens: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
@@ -236,13 +235,11 @@ def _packed_positions(packing: PackedSequences, num_tokens: int) -> Tensor:
     return (row - starts.repeat_interleave(lengths, output_size=num_tokens)).unsqueeze(0)
 
 
-def _is_first(tokens: Tensor, mask: AttentionMask, input_pos: Tensor | None) -> Tensor:
+def _is_first(tokens: Tensor, attention_mask: AttentionMask) -> Tensor:
     """Bool [B * T], True at the first token of every sequence."""
-    if isinstance(mask, KVCache) and input_pos is not None:
-        return (input_pos == 0).flatten()
     first = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device)
-    if isinstance(mask, PackedSequences):
-        first[mask.cu_seqlens[:-1].long()] = True
+    if isinstance(attention_mask, PackedSequences):
+        first[attention_mask.cu_seqlens[:-1].long()] = True
     else:
         first[:: tokens.size(1)] = True
     return first

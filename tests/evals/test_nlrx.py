@@ -66,6 +66,7 @@ HOSTILE = {
     "nested repeats": "(((.{64}){64}){64}){64}",
     "many repeats": "a" + "{64}" * 200,
     "postfixes": "a" + "{2,64}" * 140,
+    "pluses": "a" + "+" * 999,
     "subsets": ".*a.{40}",
     "subsets of unions": "|".join(f".*{letter}.{{9}}" for letter in "abcdefghijklmnopqrstuvwxyz"),
     "intersections": "&".join(f"(.*{letter}.*){{5,}}" for letter in "abcdefghijklmnopqrstuvwxyz"),

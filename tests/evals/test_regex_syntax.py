@@ -101,6 +101,7 @@ def test_precedence_makes_a_difference(regex: str, different: str) -> None:
         ("[ -~]", set(PRINTABLE)),
         ("[^\t -~]", OTHERS),
         ("[~-\u00e9]", {"~", *OTHERS}),
+        ("[~-\x7f]", {"~", *OTHERS}),
         ("\u00e9", OTHERS),
         ("\n", OTHERS),
     ],

@@ -60,6 +60,16 @@ def test_top_p() -> None:
         assert close(given[:kept], LOGITS[:kept].softmax(0)) and given[kept:].sum() == 0
 
 
+def test_the_likeliest_token_is_never_cut() -> None:
+    logits, banned = LOGITS.expand(1, 1, 7), torch.arange(7) == 5
+    for sampling in (
+        Sampling(1.0, top_p=1e-6, sharpen_confidence=True),
+        Sampling(1.0, top_k=1, sharpen_confidence=True),
+    ):
+        picked, scores = sampling(logits, banned, noise())
+        assert picked.item() == 6 and CONFIDENCES["probability"](scores, picked, noise()) == 1.0
+
+
 def test_where_only_the_mask_is_left_the_likeliest_other_id_is_found() -> None:
     """The mask alone has more than half of the probability: of all others, none is left."""
     for sampling in (Sampling(1.0, top_p=0.5), Sampling(1.0, top_k=1), Sampling(0.0, top_p=0.5)):
