@@ -13,9 +13,9 @@ from dllm_jepa.errors import ConfigError
 from dllm_jepa.evals import django, gsm8k, nlrx, spider
 from dllm_jepa.evals._facts import sha256_of
 from dllm_jepa.evals._generation_task import GenerationTask, PromptFormat, Scoring, build_generation_task
-from dllm_jepa.evals._regex_syntax import Dialect
 from dllm_jepa.evals._shots import ShotOrder, Shots
 from dllm_jepa.evals._sources import Sources, solve
+from dllm_jepa.evals.nlrx import Dialect
 from dllm_jepa.generation import Decoding
 from dllm_jepa.models import Tokenizer
 

@@ -9,7 +9,7 @@ import pytest
 from dllm_jepa.data import generate_regex_pairs
 from dllm_jepa.errors import DataError
 from dllm_jepa.evals import Score
-from dllm_jepa.evals import _regex_language as regex_language
+from dllm_jepa.evals.nlrx import _regex_language as regex_language
 from dllm_jepa.evals.nlrx import best_constant, equivalent, gold_regex, is_empty, score
 
 # Pairs of regexes in the style of NL-RX: the same lines, then different lines.
@@ -165,6 +165,7 @@ def test_score_in_the_dialect_without_word_boundaries() -> None:
     row = {"regex": r"\bdog"}
     assert score("dog", row).value and not score("bdog", row).value
     assert score("bdog", row, dialect="brics").value and not score("dog", row, dialect="brics").value
+    assert score(r"(\b)dog", row, dialect="brics").value
     assert score("~(.*)", {"regex": r"a\bb"}).measures["functional_match_nonempty"] is None
     assert score("abb", {"regex": r"a\bb"}, dialect="brics").measures["functional_match_nonempty"] is True
 
@@ -185,7 +186,7 @@ def test_is_empty() -> None:
 
 
 def test_best_constant() -> None:
-    regexes = ["a&b", ".*dog", "[0-9]&[a-z]", "(.*)(dog)", "c", "((.)*)dog", "c", ".*(dog)"]
+    regexes = ["a&b", "(.*)(dog)", "[0-9]&[a-z]", ".*dog", "c", "((.)*)dog", "c", ".*(dog)"]
     assert best_constant(regexes) == (".*dog", 4)
     assert best_constant(["ab", "a|b", "c&d", "b|a"]) == ("a|b", 2)
     assert best_constant(["x", "y", "y", "x"]) == ("x", 2)

@@ -87,6 +87,19 @@ GREEDY = {
 }
 
 
+def test_rows_that_wait_for_others_stay_visible(model: MaskedDiffusionLM) -> None:
+    """Each row alone goes through the same canvases, and through no other ones."""
+    trace = decode(model, GREEDY["threshold"], PROMPTS, trace=True).trace
+    for row, prompt in enumerate(PROMPTS):
+        seen = [trace[0][row].tolist()]
+        seen += [
+            after[row].tolist() for before, after in zip(trace, trace[1:], strict=False) if (before != after)[row].any()
+        ]
+        alone = decode(model, GREEDY["threshold"], [prompt], trace=True).trace
+        assert seen == [canvas[0].tolist() for canvas in alone]
+        assert len(seen) < len(trace) or row > 0  # the first row has waited
+
+
 @pytest.mark.parametrize("name", [*RANDOM, *(f"greedy {name}" for name in GREEDY)])
 def test_a_row_does_not_depend_on_its_batch(model: MaskedDiffusionLM, name: str) -> None:
     """Tokens, passes and random numbers; stop ids let rows leave in between."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm_jepa.errors import DataError
-from dllm_jepa.evals._regex_language import Language, read_language
-from dllm_jepa.evals._regex_syntax import Dialect, RegexSyntaxError
-from dllm_jepa.evals._regex_terms import RegexTooLargeError
 from dllm_jepa.evals._score import Score
+from dllm_jepa.evals.nlrx._regex_language import Language, read_language
+from dllm_jepa.evals.nlrx._regex_syntax import Dialect, RegexSyntaxError
+from dllm_jepa.evals.nlrx._regex_terms import RegexTooLargeError
 
 
 def equivalent(regex: str, other: str, *, dialect: Dialect = "word_boundary") -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from dllm_jepa.evals._regex_alphabet import ALL, WORD
+from dllm_jepa.evals.nlrx._regex_alphabet import ALL, WORD
 
 Kind = Literal["chars", "boundary", "epsilon", "concat", "repeat", "union", "complement"]
 
