@@ -174,7 +174,9 @@ def runs(page: Path) -> Iterator[tuple[str, list[str]]]:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_command_line_is_valid(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    not_here = re.compile(r"(checkpoint_dir|base_dir|resume|output_dir): .*(is not a directory|nor an existing path|\?\?\?)")
+    not_here = re.compile(
+        r"(checkpoint_dir|base_dir|resume|output_dir): .*(is not a directory|nor an existing path|\?\?\?)"
+    )
     for recipe, arguments in runs(page):
         config = find_configs()[arguments[1]]
         schema = SCHEMAS[recipe] if recipe else schema_of(config.read_text("utf-8"))
