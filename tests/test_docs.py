@@ -43,7 +43,7 @@ from dllm_jepa.generation import Decoding
 from dllm_jepa.jepa import EMAAdapterTargetEncoder, EMATargetEncoder, Predictor, ViewSampler
 from dllm_jepa.models import MaskedDiffusionLM
 from dllm_jepa.models._families import FAMILIES
-from tests.launching import SMALL, run_here
+from tests.launching import SMALL, eval_here, run_here
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -424,6 +424,28 @@ def test_examples_run(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         for name in set(sys.modules) - known_modules:
             if name.startswith("my_"):
                 del sys.modules[name]
+
+
+def test_the_task_of_ones_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = REPOSITORY / "docs" / "evaluation.md"
+    (example,) = (block for block in fences(page.read_text("utf-8"), "python") if block.startswith("# my_capitals.py"))
+    (command,) = (words for words in commands(page) if any("my_capitals" in word for word in words))
+    run_here(tmp_path / "run", "max_steps=1", "export=online")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("my_capitals.py").write_text(example, "utf-8")
+    rows = [{"country": name, "capital": name[:2]} for name in ("dog", "truck", "ring")]
+    Path("capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    own = ("num_shots=", "task=")
+    try:
+        scores = eval_here(
+            tmp_path / "eval", "checkpoint_dir=run/hf", *(word for word in command if word.startswith(own))
+        )
+    finally:
+        sys.modules.pop("my_capitals", None)
+    assert scores["num_items"] == 3 and list(scores["scores"]) == ["starts_with", "exact"]
+    lines = [json.loads(line) for line in Path("eval/generations.jsonl").read_text("utf-8").splitlines()]
+    assert "Name the capital.\n\ntruck\ntr\n\nring\nri\n\ndog\n" in lines[0]["prompt"]  # itself is no shot
 
 
 if __name__ == "__main__":
