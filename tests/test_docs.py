@@ -176,6 +176,7 @@ def test_every_command_line_is_valid(page: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     not_here = re.compile(
         r"(checkpoint_dir|base_dir|resume|output_dir): .*(is not a directory|nor an existing path|\?\?\?)"
+        r"|.*no module named 'my_"
     )
     for recipe, arguments in runs(page):
         config = find_configs()[arguments[1]]
