@@ -1,7 +1,7 @@
 """Any model on disk, opened by its directory: a Hugging Face directory, an adapter, or a training state."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,14 @@ from dllm_jepa.models import (
     InitialWeights,
     LoRASettings,
     MaskedDiffusionLM,
+    OpenedAdapter,
     Tokenizer,
     TransformerSizes,
-    adapter_base,
-    adapter_fingerprint,
     add_lora,
     init_rope,
     is_adapter_directory,
-    load_adapter,
     load_hf,
+    merged_weights,
     tokenizer_builder,
 )
 from dllm_jepa.models.dream import dream_tokenizer
@@ -104,15 +103,13 @@ def open_model(path: str | Path, *, part: str = "online", ranks: Ranks | None = 
     if part != "online":
         raise CheckpointError(f"{path} is no training state, and only these have a part {part!r}: leave out part")
     if is_adapter_directory(path):
-        base = open_model(adapter_base(path))
-        return replace(
-            base,
-            path=path,
-            fingerprint=adapter_fingerprint(path),
-            load=lambda dtype, device: load_adapter(path, dtype=dtype, device=device),
-        )
+        return _open_adapter(path)
     if path.is_dir() and not (path / "config.json").exists() and (inside := _models_inside(path)):
         raise CheckpointError(f"{path} is the output_dir of a run: give one of the models in it: {', '.join(inside)}")
+    return _open_hf(path)
+
+
+def _open_hf(path: Path) -> ModelSource:
     origin = HFCheckpoint(path)
     model = origin.build()
     origin.check(model)
@@ -123,6 +120,16 @@ def open_model(path: str | Path, *, part: str = "online", ranks: Ranks | None = 
         origin.fingerprint(),
         own_tokenizer=lambda: _directory_tokenizer(path, model.family),
         load=lambda dtype, device: load_hf(path, dtype, device),
+    )
+
+
+def _open_adapter(path: Path) -> ModelSource:
+    adapter = OpenedAdapter.open(path)
+    return replace(
+        _open_hf(adapter.origin.path),
+        path=path,
+        fingerprint=adapter.fingerprint(),
+        load=lambda dtype, device: _filled(adapter.origin.build(), adapter.merged(), dtype, device),
     )
 
 
@@ -148,7 +155,7 @@ def _open_training_state(path: Path, part: str, ranks: Ranks | None) -> ModelSou
     digest = hashlib.sha256((checkpoint.path / _MANIFEST_NAME).read_bytes()).hexdigest()
     return ModelSource(
         path,
-        model,
+        _plain(model),
         None if base is None else Path(base),
         f"{digest} {part}",
         own_tokenizer=lambda: saved_tokenizer(checkpoint),
@@ -160,27 +167,39 @@ def _load_training_state(
     checkpoint: SavedCheckpoint, part: str, dtype: torch.dtype, device: torch.device
 ) -> MaskedDiffusionLM:
     model = saved_model(checkpoint)
-    weights = dict(saved_weights(checkpoint, model, part, dtype))
+    weights = saved_weights(checkpoint, model, part, dtype)
+    plain = _plain(model)
     if model.lora is not None:
-        # The base is read as it was published, never quantized.
-        model = saved_model(checkpoint, quantize_base=False)
         base = checkpoint.state["base"]
         read = base_source(model, checkpoint.state, None if base is None else Path(base)).read
-        weights |= {name: read(name) for name, _ in model.named_parameters() if name not in weights}
+        weights = merged_weights(plain.state_dict(), read, dict(weights), model.lora)
+    return _filled(plain, weights, dtype, device)
+
+
+def _plain(model: MaskedDiffusionLM) -> MaskedDiffusionLM:
+    """The same model without adapters, on the meta device."""
+    with torch.device("meta"):
+        return FAMILIES[model.family].build(model.sizes)
+
+
+def _filled(
+    model: MaskedDiffusionLM, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device
+) -> MaskedDiffusionLM:
+    """A model of the meta device with memory and weights, which are taken one at a time."""
     model = model.to(dtype).to_empty(device=device)
     init_rope(model)
+    params = dict(model.named_parameters())
     with torch.no_grad():
-        for name, param in model.named_parameters():
-            param.copy_(weights[name])
+        for name, weight in weights:
+            params[name].copy_(weight)
     return model.eval()
 
 
-def saved_model(checkpoint: SavedCheckpoint, *, quantize_base: bool | None = None) -> MaskedDiffusionLM:
-    """The model of a training state on the meta device, held against its tensors.
+def saved_model(checkpoint: SavedCheckpoint) -> MaskedDiffusionLM:
+    """The model of a training state, with its adapters, on the meta device and held against the saved tensors.
 
     Args:
         checkpoint: the training state.
-        quantize_base: in place of the setting of its adapters; None leaves it.
 
     Raises:
         CheckpointError: if its family is not one of this package, or its tensors do not fit.
@@ -194,10 +213,7 @@ def saved_model(checkpoint: SavedCheckpoint, *, quantize_base: bool | None = Non
     with torch.device("meta"):
         model = FAMILIES[saved["family"]].build(TransformerSizes(**saved["sizes"]))
         if saved.get("lora") is not None:
-            settings = LoRASettings(**saved["lora"])
-            model = add_lora(
-                model, settings if quantize_base is None else replace(settings, quantize_base=quantize_base)
-            )
+            model = add_lora(model, LoRASettings(**saved["lora"]))
     check_trained(checkpoint, "model", model)
     return model
 
@@ -232,7 +248,7 @@ def base_source(model: MaskedDiffusionLM, state: dict[str, Any], base: Path | No
     if origin.fingerprint() != state["base_weights"]:
         raise CheckpointError(
             f"the adapters were trained on other weights than those of {base}; give the directory of their base, which "
-            f"was {state['base']}, by --like"
+            f"was {state['base']} (--like of dllm-jepa export)"
         )
     return origin
 

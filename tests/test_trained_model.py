@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from dllm_jepa.errors import CheckpointError
-from dllm_jepa.models import load_hf
+from dllm_jepa.models import load_adapter, load_hf
 from dllm_jepa.models.tiny._tokenizer import TinyTokenizer
 from dllm_jepa.trained_model import open_model
 from tests.launching import SMALL_LORA, run_here
@@ -62,8 +62,7 @@ def test_an_adapter_stands_on_its_base(lora_run: Path, full_run: Path, part: str
     of_adapter = logits(lora_run / export)
     assert torch.equal(of_adapter, logits(state_of(lora_run), part))
     assert (of_adapter - logits(full_run / "hf")).abs().max() > 1e-6
-    if part == "online":
-        torch.testing.assert_close(of_adapter, logits(lora_run / "hf"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(of_adapter, load_adapter(lora_run / export).token_logits(TOKENS), atol=1e-5, rtol=0)
     assert open_model(lora_run / export).tokenizer_dir == full_run / "hf"
 
 
@@ -102,8 +101,23 @@ def test_fingerprints_differ_where_weights_do(full_run: Path, lora_run: Path) ->
     assert open_model(full_run / "hf").fingerprint == sources[0].fingerprint
 
 
-def test_bf16_weights(full_run: Path) -> None:
-    difference = (logits(full_run / "hf", dtype=torch.bfloat16) - logits(full_run / "hf")).abs().max()
+@pytest.fixture(scope="module")
+def dora_run(full_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with DoRA."""
+    run = tmp_path_factory.mktemp("dora") / "run"
+    dora = [f"checkpoint_dir={full_run / 'hf'}", "max_steps=2", EVERY_STEP, "export_merged=true", "model.use_dora=true"]
+    run_here(run, *dora, recipe="dllm_jepa_lora", base=SMALL_LORA)
+    return run
+
+
+@pytest.mark.parametrize("run", ["full_run", "lora_run", "dora_run"])
+def test_every_kind_of_a_run_is_one_model_in_either_type(run: str, request: pytest.FixtureRequest) -> None:
+    path: Path = request.getfixturevalue(run)
+    kinds = [path / "hf", state_of(path), *([path / "adapter"] if run != "full_run" else [])]
+    for dtype in (torch.float32, torch.bfloat16):
+        merged, *others = (logits(kind, dtype=dtype) for kind in kinds)
+        assert all(torch.equal(other, merged) for other in others)
+    difference = (logits(path / "hf", dtype=torch.bfloat16) - logits(path / "hf")).abs().max()
     assert 0 < difference < 0.1
 
 
@@ -117,6 +131,14 @@ def test_what_is_no_model_is_one_message(full_run: Path, lora_run: Path, tmp_pat
     for path in (full_run / "hf", lora_run / "adapter"):
         with pytest.raises(CheckpointError, match="no training state"):
             open_model(path, part="target")
+
+
+def test_an_adapter_on_itself(lora_run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(lora_run / "adapter", tmp_path / "adapter")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(copy)}))
+    with pytest.raises(CheckpointError, match="no config.json"):
+        open_model(copy)
 
 
 def test_a_damaged_training_state_is_refused(full_run: Path, tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ from dllm_jepa.models._masked_diffusion_lm import Backbone, MaskedDiffusionLM, T
 from dllm_jepa.models._merge import merged_weights, save_merged
 from dllm_jepa.models._model_card import model_card
 from dllm_jepa.models._peft import (
-    adapter_base,
-    adapter_fingerprint,
+    OpenedAdapter,
     is_adapter_directory,
     load_adapter,
     save_adapter,
@@ -29,11 +28,10 @@ __all__ = [
     "LoRASettings",
     "LoRAWeights",
     "MaskedDiffusionLM",
+    "OpenedAdapter",
     "Tokenizer",
     "TransformerSizes",
     "adapted_modules",
-    "adapter_base",
-    "adapter_fingerprint",
     "add_lora",
     "init_rope",
     "is_adapter",
@@ -46,5 +44,4 @@ __all__ = [
     "save_hf",
     "save_merged",
     "tokenizer_builder",
-    "with_lora",
 ]

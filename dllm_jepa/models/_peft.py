@@ -6,8 +6,8 @@ Source: https://github.com/huggingface/peft (names of the tensors and keys of ad
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from dllm_jepa.models._json import read_json_object
 from dllm_jepa.models._lora import adapted_modules, add_lora, is_adapter
 from dllm_jepa.models._lora_settings import LoRASettings
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
+from dllm_jepa.models._merge import merged_weights
 from dllm_jepa.models._tokenizer import Tokenizer
 
 CONFIG_NAME = "adapter_config.json"
@@ -94,20 +95,53 @@ def load_adapter(
         CheckpointError: if a directory cannot be read, the adapter was trained on another base, or its tensors do not
             fit its config.
     """
-    path, config = Path(path), read_adapter_config(path)
-    base = base or adapter_base(path)
-    origin = HFCheckpoint(base)
-    origin.check(origin.build())
-    metadata, saved = _read(path / _WEIGHTS_NAME)
-    if metadata.get(_BASE_KEY) != origin.fingerprint():
-        raise CheckpointError(
-            f"the adapter {path} was trained on other weights than those of {base}: give the directory of its base"
-        )
-    settings = _settings(path, metadata, config)
-    names = _check_shapes(path / _WEIGHTS_NAME, add_lora(origin.build(), settings), saved)
-    model = add_lora(load_hf(base, dtype, device), settings)
-    model.load_state_dict({name: saved[theirs] for name, theirs in names.items()}, strict=False)
+    adapter = OpenedAdapter.open(path, base)
+    model = add_lora(load_hf(adapter.origin.path, dtype, device), adapter.settings)
+    model.load_state_dict(dict(adapter.tensors), strict=False)
     return model.eval()
+
+
+@dataclass(frozen=True)
+class OpenedAdapter:
+    """An adapter and its base, checked; the adapter is in main memory, of the base nothing is read.
+
+    Args:
+        origin: the base.
+        settings: what the adapters are like.
+        tensors: the adapters, by our parameter names.
+    """
+
+    origin: HFCheckpoint
+    settings: LoRASettings
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def open(cls, path: str | Path, base: str | Path | None = None) -> "OpenedAdapter":
+        """Open a directory that was written by `save_adapter`; arguments and errors as of `load_adapter`."""
+        path, config = Path(path), read_adapter_config(path)
+        origin = HFCheckpoint(base or adapter_base(path))
+        origin.check(origin.build())
+        metadata, saved = _read(path / _WEIGHTS_NAME)
+        if metadata.get(_BASE_KEY) != origin.fingerprint():
+            raise CheckpointError(
+                f"the adapter {path} was trained on other weights than those of {origin.path}: give the directory of "
+                "its base"
+            )
+        settings = _settings(path, metadata, config)
+        names = _check_shapes(path / _WEIGHTS_NAME, add_lora(origin.build(), settings), saved)
+        return cls(origin, settings, {name: saved[theirs] for name, theirs in names.items()})
+
+    def fingerprint(self) -> str:
+        """What tells it and its base from others."""
+        digest = hashlib.sha256(f"{self.origin.fingerprint()} {self.settings}".encode())
+        for name in sorted(self.tensors):
+            digest.update(f"{name} {self.tensors[name].dtype}".encode())
+            digest.update(self.tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def merged(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights of the plain model that computes the same, one at a time; see `merged_weights`."""
+        return merged_weights(self.origin.build().state_dict(), self.origin.read, self.tensors, self.settings)
 
 
 def read_adapter_config(path: str | Path) -> dict[str, Any]:
@@ -140,15 +174,6 @@ def adapter_base(path: str | Path) -> Path:
 def is_adapter_directory(path: str | Path) -> bool:
     """Whether a directory holds an adapter in the layout of PEFT."""
     return (Path(path) / CONFIG_NAME).is_file()
-
-
-def adapter_fingerprint(path: str | Path) -> str:
-    """What tells an adapter and its base from others: sha256 of its weight file and of the base's fingerprint."""
-    digest = hashlib.sha256(HFCheckpoint(adapter_base(path)).fingerprint().encode())
-    with (Path(path) / _WEIGHTS_NAME).open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_shapes(file: Path, model: MaskedDiffusionLM, saved: Mapping[str, Tensor]) -> dict[str, str]:
