@@ -77,13 +77,21 @@ class ModelSource:
             tokenizer = self.own_tokenizer()
         else:
             tokenizer = instantiate(component, *([] if "path" in component else [self.tokenizer_dir]))
+        self.check_ids(tokenizer)
+        return tokenizer
+
+    def check_ids(self, tokenizer: Tokenizer) -> None:
+        """Refuse a tokenizer with ids that the model does not score.
+
+        Raises:
+            CheckpointError: naming both numbers.
+        """
         num_ids = self.model.sizes.vocab_size
         if tokenizer.vocab_size > num_ids:
             raise CheckpointError(
                 f"{self.path} scores {num_ids} ids, but the tokenizer has ids up to {tokenizer.vocab_size - 1}: give "
                 "the tokenizer of the model"
             )
-        return tokenizer
 
 
 def open_model(path: str | Path, *, part: str = "online", ranks: Ranks | None = None) -> ModelSource:

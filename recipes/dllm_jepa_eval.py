@@ -19,6 +19,7 @@ from torchtune.config import instantiate
 from tqdm import tqdm
 
 from dllm_jepa import config, training
+from dllm_jepa.errors import ConfigError
 from dllm_jepa.evals import EvalTask, ItemResult, ResultsFolder, RunningScores, compare, summarize, table
 from dllm_jepa.models import MaskedDiffusionLM
 from dllm_jepa.trained_model import ModelSource, open_model
@@ -47,35 +48,74 @@ class DLLMJEPAEvalRecipe:
         self.source = open_model(cfg.checkpoint_dir, part=cfg.part, ranks=self.ranks)
         self.base = None if cfg.base_dir is None else open_model(cfg.base_dir, ranks=self.ranks)
         self.tokenizer = self.source.tokenizer(cfg.tokenizer)
+        if self.base is not None:
+            self.check_base(self.base)
         self.task = self.setup_task()
         for source in filter(None, (self.source, self.base)):
             self.task.check_context(source.model.sizes.max_seq_len)
         # Longest first: what does not fit into memory shows at once, and the ranks end together.
-        order = sorted(range(len(self.task.lengths)), key=lambda item: (-self.task.lengths[item], item))
+        lengths = self.task.lengths
+        order = sorted(range(len(lengths)), key=lambda item: (-lengths[item], item))
         self.batches = [order[start : start + cfg.batch_size] for start in range(0, len(order), cfg.batch_size)]
+        self.left = self.open_folder(self.source, self.folder, cfg.part)
+        self.base_left = [] if self.base is None else self.open_folder(self.base, self.base_folder, "online")
+
+    def check_base(self, base: ModelSource) -> None:
+        """Refuse a base whose ids are other tokens: both models get the same ids.
+
+        Raises:
+            ConfigError: if they are.
+        """
+        base.check_ids(self.tokenizer)
+        if not base.tokenizer(self.cfg.tokenizer).agrees_with(self.tokenizer):
+            raise ConfigError(
+                f"base_dir: {base.path} has another tokenizer than {self.source.path}, and both would get the same ids; "
+                "compare models of one vocabulary"
+            )
 
     def setup_task(self) -> EvalTask:
         """The task, with the decoding and the number of shots if it has any."""
         cfg = self.cfg
         decoding = [] if cfg.decoding is None else [instantiate(cfg.decoding)]
         shots = {} if cfg.num_shots is None else {"num_shots": cfg.num_shots}
-        task: EvalTask = instantiate(
-            cfg.task,
-            self.tokenizer,
-            *decoding,
-            **shots,
-            seed=cfg.seed,
-            max_items=cfg.max_items,
-            progress=self.ranks.is_rank_zero,
-        )
+        try:
+            task: EvalTask = instantiate(
+                cfg.task,
+                self.tokenizer,
+                *decoding,
+                **shots,
+                seed=cfg.seed,
+                max_items=cfg.max_items,
+                progress=self.ranks.is_rank_zero,
+            )
+        except ValueError as error:  # a builder's word on its arguments
+            raise ConfigError(f"task: {error}") from error
         return task
+
+    def facts(self, source: ModelSource, part: str) -> dict[str, Any]:
+        """What tells this evaluation from another one."""
+        cfg = self.cfg
+        facts = {"model": source.fingerprint, "part": part, "dtype": cfg.dtype, "batch_size": cfg.batch_size}
+        return facts | {"seed": cfg.seed} | self.task.facts()
+
+    def open_folder(self, source: ModelSource, folder: ResultsFolder, part: str) -> list[int]:
+        """Take a folder into use; returns the batches that this rank has to do."""
+        facts, resume = self.facts(source, part), self.cfg.resume == "auto"
+        done = self.ranks.on_rank_zero(lambda: folder.open(facts, resume=resume))
+        if self.ranks.on_rank_zero(lambda: folder.is_finished):
+            return []
+        left = [batch for batch in range(len(self.batches)) if batch not in done]
+        return left[self.ranks.rank :: self.ranks.world_size]
 
     def run(self) -> None:
         """Evaluate the model, then the base; show what came out."""
-        self.show(self.evaluate(self.source, self.folder, self.cfg.part))
+        self.evaluate(self.source, self.folder, self.left)
+        self.show(self.ranks.on_rank_zero(lambda: self.write_scores(self.source, self.folder, self.cfg.part)))
         if self.base is None:
             return
-        self.evaluate(self.base, self.base_folder, "online")
+        base = self.base
+        self.evaluate(base, self.base_folder, self.base_left)
+        self.ranks.on_rank_zero(lambda: self.write_scores(base, self.base_folder, "online"))
         if self.ranks.is_rank_zero:
             print(f"\nA is the base.\n{compare(self.base_folder.path, self.folder.path)}")
 
@@ -89,40 +129,27 @@ class DLLMJEPAEvalRecipe:
             print(f"{name}: {remark}")
         print(f"written to {self.folder.path}")
 
-    def evaluate(self, source: ModelSource, folder: ResultsFolder, part: str) -> dict[str, Any]:
-        """Evaluate the batches that are not finished; returns what scores.json holds."""
-        cfg = self.cfg
-        facts = {"model": source.fingerprint, "part": part, "dtype": cfg.dtype, "batch_size": cfg.batch_size}
-        facts |= {"seed": cfg.seed} | self.task.facts()
-        done = self.ranks.on_rank_zero(lambda: folder.open(facts, resume=cfg.resume == "auto"))
-        if not self.ranks.on_rank_zero(lambda: folder.is_finished):
-            left = [batch for batch in range(len(self.batches)) if batch not in done]
-            self.evaluate_batches(source, folder, left[self.ranks.rank :: self.ranks.world_size])
-        self.ranks.gather_objects(None)  # all parts are written
-        return self.ranks.on_rank_zero(lambda: self.write_scores(source, folder, facts))
-
-    def evaluate_batches(self, source: ModelSource, folder: ResultsFolder, batches: list[int]) -> None:
-        """Evaluate this rank's batches, each of which is kept as soon as it is finished."""
-        if not batches:
-            return
-        model: MaskedDiffusionLM = source.load(DTYPES[self.cfg.dtype], self.ranks.device)
+    def evaluate(self, source: ModelSource, folder: ResultsFolder, batches: list[int]) -> None:
+        """Evaluate this rank's batches, each of which is kept as soon as it is finished, and wait for the others."""
+        if batches:
+            model: MaskedDiffusionLM = source.load(DTYPES[self.cfg.dtype], self.ranks.device)
         num_items = sum(len(self.batches[batch]) for batch in batches)
         running = RunningScores()
         name = "items" if self.ranks.world_size == 1 else f"items of rank 0, one of {self.ranks.world_size}"
         with tqdm(total=num_items, desc=name, unit="item", disable=not self.ranks.is_rank_zero) as bar:
             for batch in batches:
                 start = time.perf_counter()
-                results: list[ItemResult] = self.task.evaluate(
-                    model, self.batches[batch], batch_size=self.cfg.batch_size
-                )
+                items = self.batches[batch]
+                results: list[ItemResult] = self.task.evaluate(model, items, batch_size=self.cfg.batch_size)
                 folder.append(self.ranks.rank, batch, results, time.perf_counter() - start)
                 running.add(results)
                 bar.set_postfix_str(str(running), refresh=False)
                 bar.update(len(results))
+        folder.wait(len(self.batches))
 
-    def write_scores(self, source: ModelSource, folder: ResultsFolder, facts: dict[str, Any]) -> dict[str, Any]:
+    def write_scores(self, source: ModelSource, folder: ResultsFolder, part: str) -> dict[str, Any]:
         """Merge the parts and write scores.json; on rank zero."""
-        rows, seconds = folder.merge()
+        rows, seconds = folder.merge(len(self.task.lengths))
         num_tokens = sum(row["num_tokens"] for row in rows)
         scores = {
             "scores": summarize(rows),
@@ -130,7 +157,7 @@ class DLLMJEPAEvalRecipe:
             "seconds": seconds,
             "tokens_per_second": num_tokens / seconds,
             "checkpoint_dir": str(source.path),
-            "facts": facts,
+            "facts": self.facts(source, part),
             "remarks": self.task.remarks(),
             "config": OmegaConf.to_container(self.cfg, resolve=True),
         }

@@ -105,8 +105,8 @@ def test_fingerprints_differ_where_weights_do(full_run: Path, lora_run: Path) ->
 def dora_run(full_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with DoRA."""
     run = tmp_path_factory.mktemp("dora") / "run"
-    dora = [f"checkpoint_dir={full_run / 'hf'}", "max_steps=2", EVERY_STEP, "export_merged=true", "model.use_dora=true"]
-    run_here(run, *dora, recipe="dllm_jepa_lora", base=SMALL_LORA)
+    dora = [f"checkpoint_dir={full_run / 'hf'}", "max_steps=2", EVERY_STEP, "model.use_dora=true"]
+    run_here(run, *dora, "export=online", "export_merged=true", recipe="dllm_jepa_lora", base=SMALL_LORA)
     return run
 
 

@@ -9,11 +9,12 @@ output_dir/
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dllm_jepa.errors import LaunchError
+from dllm_jepa.errors import DataError, LaunchError
 from dllm_jepa.evals._facts import differences
 from dllm_jepa.evals._score import ItemResult
 from dllm_jepa.files import write_atomically
@@ -22,6 +23,7 @@ GENERATIONS_NAME = "generations.jsonl"
 SCORES_NAME = "scores.json"
 _FACTS_NAME = "facts.json"
 _PARTS_NAME = "parts"
+_POLL_SECONDS = 0.5
 
 
 class ResultsFolder:
@@ -52,6 +54,10 @@ class ResultsFolder:
                 or it cannot be written.
         """
         held = self._held_facts()
+        if held is None and (left := [file for file in (self.scores, self.generations) if file.exists()]):
+            raise LaunchError(
+                f"{left[0]} is there without its {_FACTS_NAME}: choose another output_dir, or move it away"
+            )
         if held is not None and not resume:
             raise LaunchError(
                 f"{self.path} already holds an evaluation; nothing is overwritten: choose another output_dir, or go on "
@@ -71,7 +77,18 @@ class ResultsFolder:
                 write_atomically(self.path / _FACTS_NAME, json.dumps(facts, indent=2) + "\n")
         except OSError as error:
             raise LaunchError(f"output_dir={self.path} cannot be written: {error}") from None
-        return {record["batch"] for record in self._records()}
+        return self._finished()
+
+    def wait(self, num_batches: int) -> None:
+        """Wait until all ranks have written their batches.
+
+        They look at the files, since a collective would give up on a rank that takes much longer than the others.
+
+        Args:
+            num_batches: of the whole evaluation.
+        """
+        while not self.is_finished and len(self._finished()) < num_batches:
+            time.sleep(_POLL_SECONDS)
 
     @property
     def is_finished(self) -> bool:
@@ -97,11 +114,17 @@ class ResultsFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def merge(self) -> tuple[list[dict[str, Any]], float]:
+    def merge(self, num_items: int) -> tuple[list[dict[str, Any]], float]:
         """Write generations.jsonl from all parts, on one rank and after the last one has written.
+
+        Args:
+            num_items: items of the whole evaluation.
 
         Returns:
             The rows in the order of the items, and the seconds of all batches together.
+
+        Raises:
+            DataError: if the results of some items are not there.
         """
         if self.is_finished:
             rows = [json.loads(line) for line in self.generations.read_text(encoding="utf-8").splitlines()]
@@ -109,6 +132,8 @@ class ResultsFolder:
         # A batch that two ranks have done, of whom one was killed, counts once.
         records = {record["batch"]: record for record in self._records()}
         rows = sorted((row for record in records.values() for row in record["rows"]), key=lambda row: row["item"])
+        if [row["item"] for row in rows] != list(range(num_items)):
+            raise DataError(f"{self._parts} has {len(rows)} of {num_items} items: start again with resume=auto")
         write_atomically(self.generations, "".join(json.dumps(row) + "\n" for row in rows))
         return rows, sum(record["seconds"] for record in records.values())
 
@@ -127,10 +152,17 @@ class ResultsFolder:
             raise LaunchError(f"{file} cannot be read: it holds no JSON object; choose another output_dir")
         return facts
 
+    def _finished(self) -> set[int]:
+        return {record["batch"] for record in self._records()}
+
     def _records(self) -> Iterator[dict[str, Any]]:
         """The finished batches of all parts."""
         for part in sorted(self._parts.glob("*.jsonl")):
-            for line in part.read_bytes().splitlines():
+            try:
+                lines = part.read_bytes().splitlines()
+            except FileNotFoundError:
+                continue  # another rank has finished the evaluation meanwhile
+            for line in lines:
                 try:
                     yield json.loads(line)
                 except ValueError:

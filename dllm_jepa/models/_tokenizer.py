@@ -86,6 +86,11 @@ class Tokenizer:
         # The backend forgets this switch when it is pickled or saved.
         self._backend.encode_special_tokens = True
 
+    def agrees_with(self, other: "Tokenizer") -> bool:
+        """Whether ids mean the same in both: the mask has one id, and so has every token that both name."""
+        own, others = self._backend.get_vocab(), other._backend.get_vocab()
+        return self.mask_id == other.mask_id and all(own[name] == others[name] for name in own.keys() & others.keys())
+
     def encode(self, text: str) -> list[int]:
         """Encode plain text.
 

@@ -161,4 +161,6 @@ def locked(directory: Path, ranks: Ranks) -> Iterator[None]:
         lock.join(ranks.rank)
         yield
     finally:
-        lock.release(is_used=any(path.name != LOCK_NAME for path in directory.iterdir()))
+        # Rank zero may have removed what it made for the lock.
+        is_used = directory.is_dir() and any(path.name != LOCK_NAME for path in directory.iterdir())
+        lock.release(is_used=is_used)

@@ -46,3 +46,12 @@ def test_two_ranks_give_what_one_gives(model: Path, tmp_path: Path, monkeypatch:
     for name in ("two", "begun"):
         assert (tmp_path / name / "generations.jsonl").read_bytes() == whole
         assert scores_of(tmp_path / name) == scores_of(tmp_path / "one")
+
+
+def test_what_is_wrong_is_one_message_of_all_ranks(model: Path, tmp_path: Path) -> None:
+    wrong = [f"checkpoint_dir={model}", "decoding.gen_length=250", "decoding.block_length=250", "decoding.steps=250"]
+    with pytest.raises(AssertionError) as raised:
+        run_on_ranks(2, {tmp_path / "out": wrong}, recipe="dllm_jepa_eval", base=SMALL_EVAL)
+    message = str(raised.value)
+    assert message.count("error: pair") == 1 and "the model's context is" in message
+    assert "FileNotFoundError" not in message and not (tmp_path / "out").exists()

@@ -1,11 +1,12 @@
 """The folder of an evaluation: kept batches, refusals, merging, and lines that a kill cut off."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 
-from dllm_jepa.errors import LaunchError
+from dllm_jepa.errors import DataError, LaunchError
 from dllm_jepa.evals import ItemResult, ResultsFolder, Score
 
 FACTS = {"model": "abc", "task": {"name": "gsm8k", "sha256": "123"}, "batch_size": 2}
@@ -20,7 +21,7 @@ def test_batches_of_all_ranks_come_back_in_the_order_of_the_items(tmp_path: Path
     assert folder.open(FACTS, resume=False) == set()
     folder.append(0, 0, [result(3), result(0)], 1.5)
     folder.append(1, 1, [result(1), result(2)], 2.0)
-    rows, seconds = folder.merge()
+    rows, seconds = folder.merge(4)
     assert [row["item"] for row in rows] == [0, 1, 2, 3] and seconds == 3.5
     assert rows[3] == {
         "item": 3,
@@ -32,7 +33,7 @@ def test_batches_of_all_ranks_come_back_in_the_order_of_the_items(tmp_path: Path
     assert [json.loads(line) for line in folder.generations.read_text().splitlines()] == rows
     assert not folder.is_finished
     folder.finish({"seconds": seconds})
-    assert folder.is_finished and folder.merge() == (rows, seconds)
+    assert folder.is_finished and folder.merge(4) == (rows, seconds)
     assert sorted(path.name for path in folder.path.iterdir()) == ["facts.json", "generations.jsonl", "scores.json"]
 
 
@@ -54,7 +55,12 @@ def test_a_line_that_was_cut_off_is_no_finished_batch(tmp_path: Path, cut: int) 
     assert folder.open(FACTS, resume=True) == complete
     folder.append(0, 2, [result(2)], 1.0)
     assert folder.open(FACTS, resume=True) == complete | {2}
-    assert [row["item"] for row in folder.merge()[0]] == sorted(complete | {2})
+    if complete == {0, 1}:
+        assert [row["item"] for row in folder.merge(3)[0]] == [0, 1, 2]
+    else:
+        with pytest.raises(DataError, match="has 2 of 3 items: start again with resume=auto"):
+            folder.merge(3)
+        assert part.exists() and not folder.generations.exists()
 
 
 def test_a_batch_that_two_ranks_did_counts_once(tmp_path: Path) -> None:
@@ -62,7 +68,7 @@ def test_a_batch_that_two_ranks_did_counts_once(tmp_path: Path) -> None:
     folder.open(FACTS, resume=False)
     for rank in (0, 1):
         folder.append(rank, 0, [result(0), result(1)], 2.0)
-    rows, seconds = folder.merge()
+    rows, seconds = folder.merge(2)
     assert [row["item"] for row in rows] == [0, 1] and seconds == 2.0
 
 
@@ -79,6 +85,31 @@ def test_an_evaluation_is_not_overwritten_nor_mixed_with_another(tmp_path: Path)
     lines = str(raised.value).splitlines()
     assert lines[1:] == ['  task.sha256: "123" there, "999" now', "  batch_size: 2 there, 4 now"]
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["scores.json", "generations.jsonl"])
+def test_results_without_facts_are_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("precious")
+    for resume in (False, True):
+        with pytest.raises(LaunchError, match=f"{name} is there without its facts.json"):
+            ResultsFolder(tmp_path).open(FACTS, resume=resume)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "precious")]
+
+
+def test_a_rank_waits_for_the_batches_of_the_others(tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path)
+    folder.open(FACTS, resume=False)
+    folder.append(0, 0, [result(0)], 1.0)
+    waiting = threading.Thread(target=folder.wait, args=(2,), daemon=True)
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    folder.append(1, 1, [result(1)], 1.0)
+    waiting.join(20)
+    assert not waiting.is_alive()
+    folder.merge(2)
+    folder.finish({"seconds": 2.0})
+    folder.wait(2)  # one that comes when all is done, and the parts are gone
 
 
 def test_facts_are_compared_as_json_holds_them(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The evaluation recipe: what it writes is what the parts give by themselves, however it is interrupted or split."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -172,13 +173,18 @@ def test_a_model_beside_itself_differs_in_nothing(models: tuple[Path, Path], tmp
         pytest.param(["decoding._component_=dllm_jepa.generation.lada_decoding"], "llada_decoding", id="decoding"),
         pytest.param(["task._component_=dllm_jepa.evals.gsm9k_task"], "gsm8k_task", id="task"),
         pytest.param(["part=target"], "no training state", id="part"),
+        pytest.param(["task.num_pairs=0"], "task: num_pairs must be between 1 and", id="a builder's word"),
+        pytest.param(["base_dir=tests/assets/llada_tiny"], "scores 320 ids, but the tokenizer has", id="a small base"),
     ],
 )
 def test_what_cannot_be_evaluated_is_said_before_weights_are_loaded(
     models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], overrides: list[str], message: str,
 ) -> None:  # fmt: skip
+    assets = Path("tests/assets").absolute()
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "assets").symlink_to(assets)
     (tmp_path / "few.jsonl").write_text('{"description": "lines with a number", "regex": ".*[0-9].*"}\n' * 3)
     (tmp_path / "bad.jsonl").write_bytes(b'{"description": "\xff", "regex": ""}\n')
     monkeypatch.setattr("dllm_jepa.trained_model.load_hf", lambda *_: pytest.fail("weights were loaded"))
@@ -187,3 +193,28 @@ def test_what_cannot_be_evaluated_is_said_before_weights_are_loaded(
     assert stopped.value.code == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "eval").exists()
+
+
+def test_a_base_with_other_ids_is_refused(
+    models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(models[0], tmp_path / "other")
+    file = other / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab[10], vocab[11] = vocab[11], vocab[10]
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(SystemExit):
+        eval_here(tmp_path / "eval", f"checkpoint_dir={models[1]}", f"base_dir={other}")
+    assert "other has another tokenizer than" in capsys.readouterr().err
+    assert not (tmp_path / "eval").exists()
+
+
+def test_the_folder_of_the_base_is_looked_at_first(
+    models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eval_here(tmp_path / "eval" / "base", f"checkpoint_dir={models[0]}")
+    monkeypatch.setattr("dllm_jepa.trained_model.load_hf", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(SystemExit):
+        eval_here(tmp_path / "eval", f"checkpoint_dir={models[1]}", f"base_dir={models[0]}")
+    assert "base already holds an evaluation" in capsys.readouterr().err
