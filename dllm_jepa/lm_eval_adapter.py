@@ -24,9 +24,10 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+from omegaconf import DictConfig
 from tqdm import tqdm
 
-from dllm_jepa.errors import CheckpointError, ConfigError, UserError
+from dllm_jepa.errors import ConfigError, UserError
 from dllm_jepa.evals.likelihood import conditional_log_likelihood
 from dllm_jepa.generation import Decoding, dream_decoding, llada_decoding
 from dllm_jepa.models import Tokenizer
@@ -353,19 +354,14 @@ class DLLMJEPAHarnessModel(TemplateLM):
 
 def _tokenizer(source: ModelSource, name: str | None) -> Tokenizer:
     """The tokenizer that was asked for, or the model's own."""
-    builders = {path.split(".")[-2]: builder for path, builder in TOKENIZERS.items()}
+    builders = {path.split(".")[-2]: path for path in TOKENIZERS}
     if name is None:
-        tokenizer = source.tokenizer()
-    elif name not in builders:
+        return source.tokenizer()
+    if name not in builders:
         raise ConfigError(f"tokenizer: {name!r} given, must be one of {', '.join(sorted(builders))}")
-    else:
-        tokenizer = builders[name](*([] if name == "tiny" else [source.tokenizer_dir]))
-    if tokenizer.vocab_size > source.model.sizes.vocab_size:
-        raise CheckpointError(
-            f"{source.path} scores {source.model.sizes.vocab_size} ids, but the tokenizer has ids up to "
-            f"{tokenizer.vocab_size - 1}: give the tokenizer of the model"
-        )
-    return tokenizer
+    component = {"_component_": builders[name]}
+    # The built-in one is made from no files.
+    return source.tokenizer(DictConfig(component | {"path": None} if name == "tiny" else component))
 
 
 def _stop_strings(task_settings: Mapping[str, Any]) -> list[str]:

@@ -113,7 +113,7 @@ def open_model(path: str | Path, *, part: str = "online", ranks: Ranks | None = 
     if is_adapter_directory(path):
         return _open_adapter(path)
     if path.is_dir() and not (path / "config.json").exists() and (inside := _models_inside(path)):
-        raise CheckpointError(f"{path} is the output_dir of a run: give one of the models in it: {', '.join(inside)}")
+        raise CheckpointError(f"{path} is the folder of a run: give one of the models in it: {', '.join(inside)}")
     return _open_hf(path)
 
 
@@ -144,7 +144,7 @@ def _open_adapter(path: Path) -> ModelSource:
 def _models_inside(run: Path) -> list[str]:
     """Models that a run has left, the newest training state last."""
     exports = [run / name for name in ("hf", "hf_target", "adapter", "adapter_target")]
-    states = sorted((run / "checkpoints").glob("step_*"))[-1:]
+    states = [*sorted((run / "checkpoints").glob("step_*")), *sorted(run.glob("step_*"))][-1:]
     return [str(path) for path in (*exports, *states) if path.is_dir()]
 
 

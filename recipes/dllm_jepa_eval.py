@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dllm_jepa import config, training
 from dllm_jepa.errors import ConfigError
-from dllm_jepa.evals import EvalTask, ItemResult, ResultsFolder, RunningScores, compare, summarize, table
+from dllm_jepa.evals import EvalTask, ItemResult, ResultsFolder, RunningScores, compare, remark_lines, summarize, table
 from dllm_jepa.models import MaskedDiffusionLM
 from dllm_jepa.trained_model import ModelSource, open_model
 
@@ -69,7 +69,7 @@ class DLLMJEPAEvalRecipe:
         base.check_ids(self.tokenizer)
         if not base.tokenizer(self.cfg.tokenizer).agrees_with(self.tokenizer):
             raise ConfigError(
-                f"base_dir: {base.path} has another tokenizer than {self.source.path}, and both would get the same ids; "
+                f"base_dir: {base.path} has another tokenizer than {self.source.path}, and both would get its ids: "
                 "compare models of one vocabulary"
             )
 
@@ -125,8 +125,7 @@ class DLLMJEPAEvalRecipe:
             return
         print(f"\n{scores['checkpoint_dir']}\n\n{table(scores['scores'])}\n")
         print(f"{scores['seconds']:,.1f} s, {scores['tokens_per_second']:,.0f} tokens/s per process")
-        for name, remark in scores["remarks"].items():
-            print(f"{name}: {remark}")
+        print(*remark_lines(scores["remarks"]), sep="\n")
         print(f"written to {self.folder.path}")
 
     def evaluate(self, source: ModelSource, folder: ResultsFolder, batches: list[int]) -> None:
@@ -174,7 +173,8 @@ def recipe_main(cfg: DictConfig) -> None:
         try:
             recipe.run()
         except KeyboardInterrupt:
-            print(f"interrupted: finished items are in {cfg.output_dir}; go on by resume=auto", file=sys.stderr)
+            if ranks.is_rank_zero:
+                print(f"interrupted: finished items are in {cfg.output_dir}; go on by resume=auto", file=sys.stderr)
             sys.exit(130)
 
 

@@ -122,8 +122,10 @@ def test_every_kind_of_a_run_is_one_model_in_either_type(run: str, request: pyte
 
 
 def test_what_is_no_model_is_one_message(full_run: Path, lora_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is the output_dir of a run: .*hf, .*hf_target, .*step_00000002"):
+    with pytest.raises(CheckpointError, match=r"is the folder of a run: .*hf, .*hf_target, .*step_00000002"):
         open_model(full_run)
+    with pytest.raises(CheckpointError, match=r"give one of the models in it: .*step_00000002"):
+        open_model(full_run / "checkpoints")
     with pytest.raises(CheckpointError, match="no config.json"):
         open_model(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist"):

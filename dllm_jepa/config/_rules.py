@@ -150,7 +150,7 @@ def enough_gpus(device: str, launch: Launch) -> list[str]:
         return []
     if launch.num_gpus == 0:
         return [
-            "device: cuda, but torch sees no CUDA GPU here; set device=cpu (and compute_dtype=fp32), or look at "
+            "device: cuda, but torch sees no CUDA GPU here; set device=cpu (computing in fp32), or look at "
             "nvidia-smi and CUDA_VISIBLE_DEVICES"
         ]
     if launch.local_world_size > launch.num_gpus:

@@ -53,7 +53,7 @@ def read_rows(
     path = Path(source)
     is_file = path.exists() or path.suffix in (".json", ".jsonl")
     if is_file and name is not None:
-        raise DataError(f"{source} is a file: `name` (here {name!r}) is for datasets on the hub, leave it out")
+        raise DataError(f"{source} is a file: `name` (here {name!r}) is for datasets on the hub, set it to null")
     num_rows = 0
     for row in _read_file(path) if is_file else _read_hub(source, split, name):
         _check_fields(row, fields, kind)

@@ -7,7 +7,7 @@ from dllm_jepa.evals._running import RunningScores
 from dllm_jepa.evals._score import ItemResult, Score
 from dllm_jepa.evals._shots import Shots
 from dllm_jepa.evals._statistics import wilson_interval
-from dllm_jepa.evals._summary import summarize, table
+from dllm_jepa.evals._summary import remark_lines, summarize, table
 from dllm_jepa.evals._task import EvalTask
 from dllm_jepa.evals._tasks import django_task, gsm8k_task, nlrx_task, regex_pairs_task, spider_task
 from dllm_jepa.evals.heldout import HeldoutTask, heldout_task
@@ -37,6 +37,7 @@ __all__ = [
     "mmlu_task",
     "nlrx_task",
     "regex_pairs_task",
+    "remark_lines",
     "spider_task",
     "summarize",
     "table",

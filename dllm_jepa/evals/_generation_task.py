@@ -126,10 +126,17 @@ class GenerationTask:
         """
         num_tokens, item = max((length, item) for item, length in enumerate(self.lengths))
         if num_tokens > max_seq_len:
+            shots = "num_shots or " if self.prompt_format.shots.num_shots else ""
+            advice = f"lower {shots}decoding.gen_length"
+            if len(self.prompts[item]) >= max_seq_len and not shots:
+                advice = (
+                    "the prompt alone is too long: take a shorter system prompt, leave the row out, or take a model"
+                )
+                advice += " with a longer context"
             raise ConfigError(
                 f"{self.rows[item].name} needs {num_tokens} tokens, {len(self.prompts[item])} for the prompt and "
                 f"{self.decoding.gen_length} (decoding.gen_length) for the response, but the model's context is "
-                f"{max_seq_len}: lower num_shots or decoding.gen_length"
+                f"{max_seq_len}: {advice}"
             )
 
     def facts(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Scores of masked tokens: rows with holes go in, log-probabilities of what may stand in the holes come out.
 
 Shape legend: B rows of a forward pass, T tokens of the longest one, l masked tokens of a row, c candidates for each,
-n masked tokens of a forward pass, V vocabulary.
+n masked tokens of a forward pass, D hidden size, V vocabulary.
 """
 
 import hashlib
@@ -63,6 +63,9 @@ def candidate_log_probs(
 ) -> list[Tensor]:
     """Log-probabilities of the candidates at the hidden positions, normalized over the vocabulary in fp32.
 
+    The head of a bf16 model rounds its logits to 8 bits, where likely candidates often tie. So the logits of the
+    candidates are computed anew in fp32; those of all other tokens, which only add up to the normalizer, stay rounded.
+
     The head scores hidden positions only, and no forward pass has more than `MAX_MASKED_TOKENS` of them, unless a
     single row has.
 
@@ -76,16 +79,20 @@ def candidate_log_probs(
         fp32 [l, c] on the CPU for every row, in nats.
     """
     device = next(model.parameters()).device
+    weight = (model.backbone.tok_embeddings if model.head is None else model.head).weight  # [V, D]
     results: list[Tensor] = [torch.empty(0)] * len(rows)
     for batch in _batches(rows, batch_size):
-        logits = _masked_logits(model, [rows[index] for index in batch], mask_id, device)  # [n, V]
-        parts = torch.split(logits, [len(rows[index].masked) for index in batch])
-        for index, part in zip(batch, parts, strict=True):
+        states, logits = _score_masked(model, [rows[index] for index in batch], mask_id, device)
+        sizes = [len(rows[index].masked) for index in batch]
+        for index, of_row, rounded in zip(batch, torch.split(states, sizes), torch.split(logits, sizes), strict=True):
             row = rows[index]
-            candidates = row.candidates or [[row.tokens[position]] for position in row.masked]
-            scores = part.float()  # of one row at a time, since it may be twice as large as the logits
-            chosen = scores.gather(1, torch.tensor(candidates, device=device))  # [l, c]
-            results[index] = (chosen - scores.logsumexp(1, keepdim=True)).cpu()
+            listed = row.candidates or [[row.tokens[position]] for position in row.masked]
+            candidates = torch.tensor(listed, device=device)  # [l, c]
+            # A sum of products, since a GPU may be set to multiply fp32 matrices in fewer bits.
+            chosen = (of_row.float().unsqueeze(1) * weight[candidates].float()).sum(-1)  # [l, c]
+            # The logits in fp32 are twice as large, so they are made of one row at a time.
+            normalizer = rounded.float().scatter(1, candidates, chosen).logsumexp(1, keepdim=True)
+            results[index] = (chosen - normalizer).cpu()
     return results
 
 
@@ -104,8 +111,10 @@ def _batches(rows: Sequence[MaskedRow], batch_size: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _masked_logits(model: MaskedDiffusionLM, rows: Sequence[MaskedRow], mask_id: int, device: torch.device) -> Tensor:
-    """Logits [n, V] of the hidden positions, row after row."""
+def _score_masked(
+    model: MaskedDiffusionLM, rows: Sequence[MaskedRow], mask_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Final states [n, D] that the head scores hidden positions from, and logits [n, V], row after row."""
     num_tokens = max(len(row.tokens) for row in rows)
     tokens = torch.full((len(rows), num_tokens), mask_id)  # [B, T]; no token sees what stands behind a shorter row
     real = torch.zeros(len(rows), num_tokens, dtype=torch.bool)
@@ -114,9 +123,10 @@ def _masked_logits(model: MaskedDiffusionLM, rows: Sequence[MaskedRow], mask_id:
         tokens[number, list(row.masked)] = mask_id
         real[number, : len(row.tokens)] = True
     positions = [number * num_tokens + position for number, row in enumerate(rows) for position in row.masked]
+    logits_at = torch.tensor(positions, device=device)  # [n]
     attention_mask = None if bool(real.all()) else real.to(device)
-    _, logits = model(
-        tokens.to(device), attention_mask=attention_mask, logits_at=torch.tensor(positions, device=device)
-    )
+    states, logits = model(tokens.to(device), attention_mask=attention_mask, logits_at=logits_at)
     assert isinstance(logits, Tensor), "the model was asked for logits"
-    return logits
+    # A shifted model scores a token from the state before it, the first one from its own.
+    scored_from = logits_at - (logits_at % num_tokens > 0).long() if model.shift_logits else logits_at
+    return states.flatten(0, 1)[scored_from], logits

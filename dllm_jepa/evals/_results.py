@@ -23,6 +23,7 @@ GENERATIONS_NAME = "generations.jsonl"
 SCORES_NAME = "scores.json"
 _FACTS_NAME = "facts.json"
 _PARTS_NAME = "parts"
+_RUN_STATUS_NAME = "status.json"  # of a training run
 _POLL_SECONDS = 0.5
 
 
@@ -47,13 +48,15 @@ class ResultsFolder:
             resume: whether to go on with what is there.
 
         Returns:
-            The batches that are finished, if it is not as a whole.
+            The batches that are finished, of an evaluation that is not finished as a whole.
 
         Raises:
             LaunchError: if it holds an evaluation and `resume` does not ask to go on with it, or that was another one,
                 or it cannot be written.
         """
         held = self._held_facts()
+        if held is None and (self.path / _RUN_STATUS_NAME).exists():
+            raise LaunchError(f"{self.path} is the output_dir of a training run: choose another one, such as its eval/")
         if held is None and (left := [file for file in (self.scores, self.generations) if file.exists()]):
             raise LaunchError(
                 f"{left[0]} is there without its {_FACTS_NAME}: choose another output_dir, or move it away"
@@ -69,8 +72,6 @@ class ResultsFolder:
                 f"{self.path} holds another evaluation, and the two are not mixed; choose another output_dir. They "
                 "differ in\n  " + "\n  ".join(lines)
             )
-        if self.is_finished:
-            return set()
         try:
             self._parts.mkdir(parents=True, exist_ok=True)
             if held is None:

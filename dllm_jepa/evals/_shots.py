@@ -64,9 +64,6 @@ class Shots:
         return shots
 
 
-NO_SHOTS = Shots((), 0, "nothing")
-
-
 def in_order(rows: Sequence[_Row], order: ShotOrder, seed: int) -> list[_Row]:
     """Put rows into the order in which shots are taken.
 

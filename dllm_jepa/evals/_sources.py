@@ -1,13 +1,15 @@
 """Where the items and the shots of a task come from."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from dllm_jepa.data import Row, Task, read_rows
 from dllm_jepa.errors import ConfigError, DataError
-from dllm_jepa.evals._shots import NO_SHOTS, ShotOrder, Shots, in_order
+from dllm_jepa.evals._shots import ShotOrder, Shots, in_order
+
+_ROW_FILES = (".json", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,37 @@ class Sources:
         """
         return list(read_rows(self.source, fields=task.fields, split=self.split, name=self.name))
 
-    def read_shots(self, task: Task, num_shots: int, order: ShotOrder, seed: int) -> Shots:
+    def read_solved(self, fields: Sequence[str], num_shots: int) -> tuple[Iterable[Row], str]:
         """Read the rows that shots are taken from.
+
+        Args:
+            fields: fields that every row must have.
+            num_shots: solved examples in front of each question, 0 or more.
+
+        Returns:
+            The rows, none for 0 shots, and where they come from.
+
+        Raises:
+            ConfigError: nothing says where they are.
+            DataError: the source or a row cannot be used, on the way through the rows.
+            ValueError: `num_shots` is negative.
+        """
+        if num_shots < 0:
+            raise ValueError(f"num_shots must be 0 or more, got {num_shots}")
+        if num_shots == 0:
+            return (), "nothing"
+        if self.shots_source is None and (Path(self.source).exists() or Path(self.source).suffix in _ROW_FILES):
+            raise ConfigError(
+                f"task.shots_source: missing; with num_shots={num_shots} it must name a file of solved examples, such "
+                f"as train.jsonl, since {self.source} is a file and holds the items; or set num_shots=0"
+            )
+        # The configuration is that of the items' dataset; another source, such as a file, has none.
+        name = self.name if self.shots_source in (None, self.source) else None
+        source = self.shots_source or self.source
+        return read_rows(source, fields=fields, split=self.shots_split, name=name), source
+
+    def read_shots(self, task: Task, num_shots: int, order: ShotOrder, seed: int) -> Shots:
+        """Read the shots of a task that generates.
 
         Args:
             task: what stands in prompt and response.
@@ -48,17 +79,10 @@ class Sources:
         Raises:
             ConfigError: there are not enough, or nothing says where they are.
             DataError: the source or a row cannot be used.
+            ValueError: `num_shots` is negative.
         """
-        if num_shots == 0:
-            return NO_SHOTS
-        source, name = (self.shots_source, None) if self.shots_source is not None else (self.source, self.name)
-        if self.shots_source is None and (Path(source).exists() or Path(source).suffix in (".json", ".jsonl")):
-            raise ConfigError(
-                f"task.shots_source: missing; with num_shots={num_shots} it must name a file of solved examples, such "
-                f"as train.jsonl, since {source} is a file and holds the items; or set num_shots=0"
-            )
-        rows = list(read_rows(source, fields=task.fields, split=self.shots_split, name=name))
-        return Shots(solve(task, in_order(rows, order, seed)), num_shots, source)
+        rows, source = self.read_solved(task.fields, num_shots)
+        return Shots(solve(task, in_order(list(rows), order, seed)), num_shots, source)
 
 
 def solve(task: Task, rows: Iterable[Row]) -> list[tuple[str, str]]:

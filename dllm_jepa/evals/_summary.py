@@ -82,6 +82,17 @@ def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
     return aligned(rows)
 
 
+def remark_lines(remarks: Mapping[str, Any]) -> list[str]:
+    """Remarks of a task as text, one line each."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{name} {text(part)}" for name, part in value.items())
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    return [f"{name.replace('_', ' ')}: {text(remark)}" for name, remark in remarks.items()]
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows as text in columns: the first to the left, the others to the right.
 

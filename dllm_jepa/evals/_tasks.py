@@ -176,7 +176,7 @@ def spider_task(
 
     - `databases`: directory with Spider's own databases, `<db_id>/<db_id>.sqlite`; None makes databases with made-up
       rows from `tables` instead, on which scores are no official ones.
-    - `stand_ins`: directory in which those are made, one for each source.
+    - `stand_ins`: directory in which those are made; those of each source get a folder of their own in it.
     - `tables`: Spider's tables.json; needed without `databases` and for `schema_in_prompt`.
     - `schema_in_prompt`: put the schema text of the row's database in front of its question.
     """
@@ -279,8 +279,7 @@ def _spider_scoring(rows: Sequence[Row], databases: str | None, stand_ins: str, 
     if databases is not None:
         directory = Path(databases)
     elif tables is not None:
-        directory = Path(stand_ins)
-        spider.make_stand_ins(Path(tables), directory, golds=golds)
+        directory = spider.make_stand_ins(Path(tables), Path(stand_ins), golds=golds)
     else:
         raise ConfigError(
             "task.databases, task.tables: neither given; databases must name the directory of Spider's own databases, "
@@ -292,8 +291,14 @@ def _spider_scoring(rows: Sequence[Row], databases: str | None, stand_ins: str, 
         "sha256": sha256_of([file.name, _digest(file)] for db_id in sorted(golds) for file in found.files(db_id)),
     }
     note = "made-up rows; scores on Spider's own databases differ" if found.are_stand_ins else "as given"
+    left_out = (
+        "items whose gold query cannot run; one that nearly takes the time allowed may run on one machine and not on "
+        "another, so n may differ between machines"
+    )
     return Scoring(
-        partial(spider.score, databases=found), facts={"databases": facts}, remarks=lambda rows: {"databases": note}
+        partial(spider.score, databases=found),
+        facts={"databases": facts},
+        remarks=lambda rows: {"databases": note, "left_out": left_out},
     )
 
 

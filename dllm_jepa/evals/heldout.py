@@ -37,7 +37,6 @@ class HeldoutTask:
         tokenizer: the model's tokenizer.
         num_strata: maskings of each chunk.
         seed: seed of the masks.
-        data_facts: where the text comes from (JSON values).
         num_left_out: tokens behind the last whole chunk.
     """
 
@@ -45,7 +44,6 @@ class HeldoutTask:
     tokenizer: Tokenizer
     num_strata: int
     seed: int
-    data_facts: dict[str, Any]
     num_left_out: int
 
     @property
@@ -68,7 +66,6 @@ class HeldoutTask:
         """What tells this evaluation from another one; see `EvalTask`."""
         return {
             "task": "heldout",
-            **self.data_facts,
             "num_items": len(self.chunks),
             "data_sha256": sha256_of(self.chunks),
             "chunk_tokens": len(self.chunks[0]),
@@ -124,7 +121,7 @@ def heldout_task(
 
     Args:
         tokenizer: the model's tokenizer.
-        source: a .txt file, a .jsonl file, or a hub dataset.
+        source: a .txt file, a .jsonl or .json file with one object per line, or a hub dataset.
         seed: seed of the masks.
         split: split of a hub dataset.
         name: configuration of a hub dataset, such as `wikitext-2-raw-v1` of Salesforce/wikitext.
@@ -142,6 +139,8 @@ def heldout_task(
         raise ValueError(f"chunk_tokens must be at least 2, got {chunk_tokens}: the first token is never masked")
     if num_strata < 1:
         raise ValueError(f"num_strata must be at least 1, got {num_strata}")
+    if max_items is not None and max_items < 1:
+        raise ValueError(f"max_items must be at least 1, got {max_items}")
     token_ids = tokenizer.encode(_read_text(source, split, name, field))
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     size = chunk_tokens - len(bos)
@@ -152,8 +151,7 @@ def heldout_task(
             "lower chunk_tokens or take more text"
         )
     chunks = [bos + token_ids[number * size : (number + 1) * size] for number in range(num_chunks)[:max_items]]
-    data_facts = {"source": source, "name": name, "split": split, "field": field}
-    return HeldoutTask(chunks, tokenizer, num_strata, seed, data_facts, len(token_ids) - num_chunks * size)
+    return HeldoutTask(chunks, tokenizer, num_strata, seed, len(token_ids) - num_chunks * size)
 
 
 def _score(num_masked: Sequence[int], losses: Sequence[float], num_maskable: int) -> Score:
@@ -170,6 +168,11 @@ def _score(num_masked: Sequence[int], losses: Sequence[float], num_maskable: int
 
 def _read_text(source: str, split: str, name: str | None, field: str) -> str:
     path = Path(source)
+    if path.is_file() and path.suffix not in (".txt", ".jsonl", ".json"):
+        raise DataError(
+            f"{source} must be named .txt if it is plain text, or .jsonl or .json if it has one object per line: "
+            "rename or copy it"
+        )
     if path.suffix != ".txt":
         documents = (row.values[field] for row in read_rows(source, fields=[field], split=split, name=name))
         return "".join(document if document.endswith("\n") else document + "\n" for document in documents)

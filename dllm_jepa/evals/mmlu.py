@@ -10,7 +10,7 @@ import string
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import islice
 from typing import Any, get_args
 
 from tqdm import tqdm
@@ -21,9 +21,11 @@ from dllm_jepa.evals._facts import sha256_of
 from dllm_jepa.evals._masked_rows import MaskedRow, candidate_log_probs
 from dllm_jepa.evals._score import ItemResult, Score
 from dllm_jepa.evals._shots import Shots
+from dllm_jepa.evals._sources import Sources
 from dllm_jepa.models import MaskedDiffusionLM, Tokenizer
 
 LETTERS = string.ascii_uppercase
+_FIELDS = ("question",)  # of text; the others are checked by `_question`
 
 
 @dataclass(frozen=True)
@@ -173,11 +175,14 @@ def mmlu_task(
         ConfigError: there are not enough solved examples, or they have no source.
         DataError: a source or a row cannot be used.
         CheckpointError: the tokenizer has no chat format, or no token for a letter.
+        ValueError: an argument is out of range.
     """
     if template not in get_args(Template):
         raise ValueError(f"template must be {' or '.join(get_args(Template))}, got {template!r}")
-    questions = _read_questions(source, split, name, max_items)
-    shots = _read_shots(source, shots_source, shots_split, name, num_shots)
+    if max_items is not None and max_items < 1:
+        raise ValueError(f"max_items must be at least 1, got {max_items}")
+    questions = [_question(row) for row in islice(read_rows(source, fields=_FIELDS, split=split, name=name), max_items)]
+    shots = _read_shots(Sources(source, split, name, shots_source, shots_split), num_shots)
     for question in questions:
         if shots and question.subject not in shots:
             raise ConfigError(
@@ -188,7 +193,7 @@ def mmlu_task(
     # None switches the bar off where there is no terminal to draw it on.
     rows = tqdm(questions, desc="prompts of mmlu", unit=" rows", disable=None if progress else True)
     prompts = [_prompt(tokenizer, question, shots, template) for question in rows]
-    prompt_facts = {"source": source, "name": name, "split": split, "template": template, "num_shots": num_shots}
+    prompt_facts = {"template": template, "num_shots": num_shots}
     return MMLUTask(questions, prompts, letter_ids, tokenizer, prompt_facts)
 
 
@@ -221,35 +226,13 @@ def _letter_ids(tokenizer: Tokenizer, template: Template, num_letters: int) -> l
     return letter_ids
 
 
-def _read_shots(
-    source: str, shots_source: str | None, split: str, name: str | None, num_shots: int
-) -> dict[str, Shots]:
+def _read_shots(sources: Sources, num_shots: int) -> dict[str, Shots]:
     """Solved examples by subject."""
-    if num_shots < 0:
-        raise ValueError(f"num_shots must not be negative, got {num_shots}")
-    if num_shots == 0:
-        return {}
-    if shots_source is None and (Path(source).exists() or Path(source).suffix in (".json", ".jsonl")):
-        raise ConfigError(
-            f"task.shots_source: null given, but {source} is a file and its own split: give the file of the solved "
-            "examples, or set num_shots=0"
-        )
-    # The configuration is that of the questions' dataset; another source, such as a file, has none.
-    name = name if shots_source in (None, source) else None
+    rows, where = sources.read_solved(_FIELDS, num_shots)
     solved = defaultdict(list)
-    for question in _read_questions(shots_source or source, split, name, None):
+    for question in map(_question, rows):
         solved[question.subject].append((question.text(), LETTERS[question.answer]))
-    where = shots_source or f"{source} {split}"
     return {subject: Shots(pairs, num_shots, f"{where}, subject {subject!r},") for subject, pairs in solved.items()}
-
-
-def _read_questions(source: str, split: str, name: str | None, max_items: int | None) -> list[Question]:
-    questions: list[Question] = []
-    for row in read_rows(source, fields=["question"], split=split, name=name):
-        if max_items is not None and len(questions) == max_items:
-            break
-        questions.append(_question(row))
-    return questions
 
 
 def _question(row: Row) -> Question:

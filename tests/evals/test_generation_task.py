@@ -157,10 +157,14 @@ def test_context_that_is_too_small_names_the_longest_item(folder: Path) -> None:
     task.check_context(longest)
     expected = (
         rf"django.jsonl line 4 needs {longest} tokens, {longest - 40} for the prompt and 40 .*"
-        rf"context is {longest - 1}: lower num_shots or decoding.gen_length"
+        rf"context is {longest - 1}: lower decoding.gen_length"
     )
     with pytest.raises(ConfigError, match=expected):
         task.check_context(longest - 1)
+    with pytest.raises(ConfigError, match="the prompt alone is too long: take a shorter system prompt"):
+        task.check_context(longest - 40)
+    with pytest.raises(ConfigError, match="lower num_shots or decoding.gen_length"):
+        build("django", folder, num_shots=1).check_context(longest - 40)
 
 
 # Gold responses
@@ -329,10 +333,10 @@ def test_databases_are_among_the_facts_of_spider(folder: Path) -> None:
     assert task.facts()["databases"]["are_stand_ins"] is True and "made-up" in task.remarks()["databases"]
     own = folder / "own" / "pets"
     own.mkdir(parents=True)
-    (own / "pets.sqlite").write_bytes((folder / "stand_ins" / "pets" / "pets.sqlite").read_bytes())
+    (own / "pets.sqlite").write_bytes(next((folder / "stand_ins").glob("*/pets/pets.sqlite")).read_bytes())
     with_own = build("spider", folder, databases=f"{folder}/own", tables=None)
     assert with_own.facts()["databases"] == task.facts()["databases"] | {"are_stand_ins": False}
-    assert with_own.remarks() == {"databases": "as given"}
+    assert with_own.remarks()["databases"] == "as given"
     with (own / "pets.sqlite").open("ab") as file:
         file.write(b"\0")
     changed = build("spider", folder, databases=f"{folder}/own").facts()["databases"]

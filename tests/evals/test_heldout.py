@@ -39,7 +39,7 @@ def small_model(family: str = "llada", seed: int = 0) -> MaskedDiffusionLM:
 
 def toy_task(tokenizer: Tokenizer, num_tokens: int, num_strata: int, seed: int = 0) -> HeldoutTask:
     """Chunks of the token 1, as `CountingModel` scores it, behind a token that is never masked."""
-    return HeldoutTask([[0] + [1] * num_tokens] * 3, tokenizer, num_strata, seed, {}, 0)
+    return HeldoutTask([[0] + [1] * num_tokens] * 3, tokenizer, num_strata, seed, 0)
 
 
 def log_odds(num_masked: int) -> float:
@@ -132,7 +132,7 @@ def test_masks_are_the_same_for_any_model_batch_and_process(tokenizer: Tokenizer
 
 def test_masks_depend_on_seed_chunk_and_text(tokenizer: Tokenizer, text: Path) -> None:
     def masks(seed: int, item: int, chunk: list[int]) -> list[list[int]]:
-        task = HeldoutTask([chunk] * 2, tokenizer, 4, seed, {}, 0)
+        task = HeldoutTask([chunk] * 2, tokenizer, 4, seed, 0)
         return [list(row.masked) for row in task._rows(item)]
 
     chunk = list(range(40))
@@ -176,6 +176,25 @@ def test_text_is_cut_into_whole_chunks(tokenizer: Tokenizer, text: Path, tmp_pat
     json.dumps(facts)
 
 
+def test_facts_do_not_depend_on_where_the_text_is(tokenizer: Tokenizer, text: Path) -> None:
+    (text.parent / "same.txt").write_bytes(text.read_bytes())
+    tasks = [
+        heldout_task(tokenizer, source=str(path), split=split, chunk_tokens=32, seed=0)
+        for path, split in [(text, "test"), (text.parent / "same.txt", "validation")]
+    ]
+    assert tasks[0].facts() == tasks[1].facts()
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_losses_in_bf16_are_those_of_fp32(tokenizer: Tokenizer, text: Path, family: str) -> None:
+    task = heldout_task(tokenizer, source=str(text), chunk_tokens=32, num_strata=8, seed=0)
+    exact, rounded = (
+        task.evaluate(m, [0, 1], batch_size=4) for m in (small_model(family), small_model(family).bfloat16())
+    )
+    for one, other in zip(exact, rounded, strict=True):
+        assert other.score.measures == pytest.approx(one.score.measures, rel=1e-2)
+
+
 def test_without_a_bos_the_first_token_of_the_text_is_never_masked(tokenizer: Tokenizer, text: Path) -> None:
     plain = copy.copy(tokenizer)
     plain.bos_id = None
@@ -201,11 +220,14 @@ def test_sources_that_cannot_be_used(tokenizer: Tokenizer, text: Path, tmp_path:
         ({"source": str(text), "name": "main"}, "text.txt is a file: `name`"),
         ({"source": str(text), "chunk_tokens": 5000}, r"fewer than the 4999 of one chunk \(chunk_tokens=5000\)"),
     ]
+    (tmp_path / "README.md").write_text("plain text")
+    message = "README.md must be named .txt if it is plain text, or .jsonl or .json if it has one object per line"
+    cases.append(({"source": str(tmp_path / "README.md")}, message))
     (tmp_path / "folder.txt").mkdir()
     cases.append(({"source": str(tmp_path / "folder.txt")}, "folder.txt cannot be read: Is a directory"))
     for arguments, message in cases:
         with pytest.raises(DataError, match=message):
             heldout_task(tokenizer, seed=0, **arguments)
-    for number, message in [({"chunk_tokens": 1}, "chunk_tokens must be"), ({"num_strata": 0}, "num_strata must be")]:
-        with pytest.raises(ValueError, match=message):
-            heldout_task(tokenizer, source=str(text), seed=0, **number)
+    for key, value, least in [("chunk_tokens", 1, 2), ("num_strata", 0, 1), ("max_items", 0, 1)]:
+        with pytest.raises(ValueError, match=f"{key} must be at least {least}, got {value}"):
+            heldout_task(tokenizer, source=str(text), seed=0, **{key: value})

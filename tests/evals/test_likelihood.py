@@ -12,10 +12,13 @@ from dllm_jepa.evals import _masked_rows
 from dllm_jepa.evals._masked_rows import MaskedRow, candidate_log_probs, draw_masked
 from dllm_jepa.evals.likelihood import conditional_log_likelihood
 from dllm_jepa.models import MaskedDiffusionLM, load_hf
+from dllm_jepa.models.dream import dream
+from dllm_jepa.models.llada import llada
 from tests.evals.toy_models import RecordingModel
 
 ASSETS = Path(__file__).parents[1] / "assets"
 MASKS = {"llada": 316, "dream": 317}
+SIZES = {"vocab_size": 320, "embed_dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "mlp_dim": 48}
 
 
 @pytest.fixture(params=["llada", "dream"])
@@ -145,6 +148,36 @@ def test_candidates_are_normalized_in_fp32(model: MaskedDiffusionLM, family: str
     (log_probs,) = candidate_log_probs(half, [row], mask_id=MASKS[family], batch_size=1)
     assert log_probs.dtype == torch.float32
     assert float(log_probs.double().exp().sum()) == pytest.approx(1, abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+def test_candidates_have_the_scores_of_all_tokens(model: MaskedDiffusionLM, family: str, tied: bool) -> None:
+    if tied:
+        torch.manual_seed(0)
+        model = {"llada": llada, "dream": dream}[family](**SIZES, tie_embeddings=True).eval()
+    rows = [
+        MaskedRow([4, 5, 6, 7, 8], [0, 1, 4], [[9, 2], [5, 5], [0, 319]]),
+        MaskedRow([7, 3, 5], [0, 1], [[7, 8], [3, 2]]),
+        MaskedRow([7, 3], [1], [[1, 0]]),
+    ]
+    found = candidate_log_probs(model, rows, mask_id=MASKS[family], batch_size=2)
+    for row, log_probs in zip(rows, found, strict=True):
+        tokens = [MASKS[family] if at in row.masked else token for at, token in enumerate(row.tokens)]
+        scores = model.token_logits(torch.tensor([tokens]))[0].log_softmax(-1)
+        expected = torch.stack([scores[at, ids] for at, ids in zip(row.masked, row.candidates, strict=True)])
+        torch.testing.assert_close(log_probs, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bounds_in_bf16_are_those_of_fp32(model: MaskedDiffusionLM, family: str) -> None:
+    prompts, responses = [[5, 9, 2], [7]], [[11, 3, 8, 8], list(range(20, 32))]
+
+    def bounds() -> torch.Tensor:
+        return conditional_log_likelihood(model, prompts, responses, mask_id=MASKS[family], num_samples=15)
+
+    exact = bounds()
+    model.bfloat16()
+    torch.testing.assert_close(bounds(), exact, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -297,5 +297,13 @@ def test_a_gpu_that_is_not_there(checkpoint: Path) -> None:
 
 
 def test_a_tokenizer_by_name(checkpoint: Path, tokenizer: Tokenizer) -> None:
-    model = DLLMJEPAHarnessModel(str(checkpoint), device="cpu", tokenizer="tiny")
-    assert model.tok_encode("a dog") == [tokenizer.bos_id, *tokenizer.encode("a dog")]
+    for name in ("tiny", "llada"):
+        model = DLLMJEPAHarnessModel(str(checkpoint), device="cpu", tokenizer=name)
+        assert model.tok_encode("a dog") == [tokenizer.bos_id, *tokenizer.encode("a dog")]
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    save_hf(llada(**(SIZES | {"vocab_size": 320}), max_seq_len=96), tmp_path / "hf", tokenizer=None)
+    last = tiny_tokenizer().vocab_size - 1
+    with pytest.raises(CheckpointError, match=f"hf scores 320 ids, but the tokenizer has ids up to {last}: give"):
+        DLLMJEPAHarnessModel(str(tmp_path / "hf"), device="cpu", tokenizer="tiny")

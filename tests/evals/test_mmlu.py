@@ -128,21 +128,44 @@ def test_scores_are_those_of_one_row_at_a_time(
         json.dumps(result.to_json())
 
 
+def test_letters_that_tie_in_bf16_are_told_apart(model: MaskedDiffusionLM, tokenizer: Tokenizer, source: str) -> None:
+    task = mmlu_task(tokenizer, source=source, num_shots=0, seed=0)
+    half, (a, _, c, _) = model.bfloat16(), task.letter_ids
+    tokens = torch.tensor([[*task.prompts[0], tokenizer.mask_id]])
+    with torch.no_grad():
+        state = half(tokens)[0][0, -2 if half.shift_logits else -1].float()
+        # A gets a logit of about 20, where bf16 has steps of 0.125, and C 0.01 more.
+        row = 20 * state / state.square().sum()
+        row[0] = 0
+        half.head.weight[[a, c]] = row.bfloat16()
+        half.head.weight[c, 0] = 0.01 / state[0]
+        rounded = half.token_logits(tokens)[0, -1]
+        exact = state @ half.head.weight.float().T
+    assert rounded[a] == rounded[c] == rounded.max() and 0.005 < exact[c] - exact[a] < 0.02
+    (result,) = task.evaluate(half, [0], batch_size=1)
+    assert result.record["prediction"] == "C"
+    expected = exact.log_softmax(-1)[task.letter_ids].tolist()
+    assert list(result.record["log_probs"].values()) == pytest.approx(expected, abs=1e-3)
+
+
 def test_a_model_that_knows_the_answers_scores_full_marks(tokenizer: Tokenizer, source: str) -> None:
     class Oracle(torch.nn.Module):
+        shift_logits = False
+
         def __init__(self, task: MMLUTask) -> None:
             super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.head = torch.nn.Linear(512, 512, bias=False)
+            self.head.weight = torch.nn.Parameter(torch.eye(512))  # hidden states are logits
             self.task = task
 
         def forward(self, tokens: torch.Tensor, *, attention_mask: Any, logits_at: torch.Tensor) -> Any:
-            logits = torch.zeros(len(logits_at), 512)
+            hidden = torch.zeros(*tokens.shape, 512)
             for row, position in enumerate(logits_at.tolist()):
                 length = position % tokens.size(1)
                 item = next(i for i, p in enumerate(self.task.prompts) if p == tokens[row, :length].tolist())
-                logits[row, self.task.letter_ids[COLOURS[item]["answer"]]] = 1
-                logits[row, tokenizer.eos_id] = 2  # not one of the letters
-            return None, logits
+                hidden[row, length, self.task.letter_ids[COLOURS[item]["answer"]]] = 1
+                hidden[row, length, tokenizer.eos_id] = 2  # not one of the letters
+            return hidden, hidden.flatten(0, 1)[logits_at]
 
     task = mmlu_task(tokenizer, source=source, num_shots=0, seed=0)
     results = task.evaluate(Oracle(task), [0, 1, 2], batch_size=3)
@@ -185,6 +208,16 @@ def test_facts_tell_data_and_prompts_apart(tokenizer: Tokenizer, source: str, sh
     json.dumps(facts)
 
 
+def test_facts_do_not_depend_on_where_the_rows_are(tokenizer: Tokenizer, source: str, shots_source: str) -> None:
+    folder = Path(source).parent
+    (folder / "same.jsonl").write_bytes(Path(source).read_bytes())
+    tasks = [
+        mmlu_task(tokenizer, source=path, shots_source=shots_source, split=split, num_shots=1, seed=0)
+        for path, split in [(source, "test"), (str(folder / "same.jsonl"), "validation")]
+    ]
+    assert tasks[0].facts() == tasks[1].facts()
+
+
 def test_prompts_that_do_not_fit_are_refused(tokenizer: Tokenizer, source: str, shots_source: str) -> None:
     task = mmlu_task(tokenizer, source=source, shots_source=shots_source, num_shots=2, seed=0)
     longest = max(task.lengths)
@@ -207,7 +240,7 @@ def test_solved_examples_that_are_not_there(
         ),
         ({"num_shots": 3, "shots_source": few}, "num_shots=3, .*only 2 ask something else than the item 'Coal is"),
         ({"num_shots": 1, "shots_source": other}, "has no solved example for the subject 'sums' of test.jsonl line 3"),
-        ({"num_shots": 1}, "task.shots_source: null given, but .*test.jsonl is a file"),
+        ({"num_shots": 1}, "task.shots_source: missing; with num_shots=1 .*test.jsonl is a file"),
     ]
     for arguments, message in cases:
         with pytest.raises(ConfigError, match=message):
@@ -250,7 +283,9 @@ def test_answers_of_the_same_token(tokenizer: Tokenizer, source: str, monkeypatc
 
 
 def test_options_out_of_range(tokenizer: Tokenizer, source: str) -> None:
-    with pytest.raises(ValueError, match="num_shots must not be negative"):
+    with pytest.raises(ValueError, match="num_shots must be 0 or more, got -1"):
         mmlu_task(tokenizer, source=source, num_shots=-1, seed=0)
+    with pytest.raises(ValueError, match="max_items must be at least 1, got 0"):
+        mmlu_task(tokenizer, source=source, num_shots=0, max_items=0, seed=0)
     with pytest.raises(ValueError, match="template must be chat or plain, got 'html'"):
         mmlu_task(tokenizer, source=source, num_shots=0, seed=0, template="html")

@@ -96,6 +96,13 @@ def test_results_without_facts_are_left_alone(tmp_path: Path, name: str) -> None
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "precious")]
 
 
+def test_a_training_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text("{}")
+    with pytest.raises(LaunchError, match="is the output_dir of a training run"):
+        ResultsFolder(tmp_path).open(FACTS, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
 def test_a_rank_waits_for_the_batches_of_the_others(tmp_path: Path) -> None:
     folder = ResultsFolder(tmp_path)
     folder.open(FACTS, resume=False)

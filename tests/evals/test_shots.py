@@ -8,7 +8,7 @@ import pytest
 
 from dllm_jepa.data import TASKS
 from dllm_jepa.errors import ConfigError, DataError
-from dllm_jepa.evals._shots import NO_SHOTS, Shots, in_order
+from dllm_jepa.evals._shots import Shots, in_order
 from dllm_jepa.evals._sources import Sources
 
 EXAMPLES = [("try,", "try :"), ("if not,", "if not x :"), ("try,", "try :"), ("do nothing.", "pass")]
@@ -18,7 +18,7 @@ def test_the_first_ones_in_their_order() -> None:
     assert Shots(EXAMPLES, 2, "train.jsonl").before("else,") == EXAMPLES[:2]
     # Twice the same example is what the file says.
     assert Shots(EXAMPLES, 3, "train.jsonl").before("else,") == EXAMPLES[:3]
-    assert NO_SHOTS.before("else,") == []
+    assert Shots((), 0, "nothing").before("else,") == []
 
 
 def test_the_question_itself_makes_room_for_the_next_one() -> None:
@@ -88,6 +88,8 @@ def test_shots_of_a_hub_dataset_come_from_its_other_split(monkeypatch: pytest.Mo
     train = jsonl(tmp_path / "train.jsonl", EXAMPLES)
     from_file = Sources("someone/django", "test", "main", train, "train").read_shots(TASKS["django"], 1, "first_k", 0)
     assert from_file.examples == EXAMPLES and len(asked) == 2
+    Sources("someone/django", "test", "main", "someone/django", "train").read_shots(TASKS["django"], 1, "first_k", 0)
+    assert asked[2:] == [("someone/django", "main", "train")]
 
 
 def test_items_of_a_file_are_never_shots_by_default(tmp_path: Path) -> None:
@@ -96,7 +98,9 @@ def test_items_of_a_file_are_never_shots_by_default(tmp_path: Path) -> None:
         sources = Sources(source, "test", None, None, "train")
         with pytest.raises(ConfigError, match=r"task.shots_source: missing; with num_shots=1 .*num_shots=0"):
             sources.read_shots(TASKS["django"], 1, "first_k", 0)
-        assert sources.read_shots(TASKS["django"], 0, "first_k", 0) is NO_SHOTS
+        assert sources.read_shots(TASKS["django"], 0, "first_k", 0).examples == []
+        with pytest.raises(ValueError, match="num_shots must be 0 or more, got -1"):
+            sources.read_shots(TASKS["django"], -1, "first_k", 0)
 
 
 def test_a_row_that_cannot_be_a_shot_is_named(tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
 """Scores of predicted SQL."""
 
+import json
+import re
 import sqlite3
 from pathlib import Path
 
 import pytest
 
+from dllm_jepa.data import Row
 from dllm_jepa.errors import DataError
+from dllm_jepa.evals._tasks import _spider_scoring
 from dllm_jepa.evals.spider import Databases, Limits, score
 from dllm_jepa.evals.spider._sql_text import has_order_by, to_compare, to_execute, tokens
 
@@ -52,6 +56,8 @@ def match(prediction: str, gold: str, databases: Databases) -> bool | float | No
         (GOLD, "SELECT name, age FROM singer WHERE country = 'FR'", False),
         (GOLD, "SELECT id FROM singer WHERE country = 'FR'", False),
         (GOLD, "SELECT name FROM singer", False),
+        (GOLD, f"{GOLD}; SELECT 1", False),
+        (GOLD, f"{GOLD};;", True),
         ("SELECT name, age FROM singer", "SELECT age, name FROM singer", True),
         ("SELECT name FROM singer ORDER BY id", "SELECT name FROM singer ORDER BY id DESC", False),
         ("SELECT name FROM singer", "SELECT name FROM singer ORDER BY id DESC", True),
@@ -113,6 +119,63 @@ def test_a_prediction_must_be_right_on_every_file(tmp_path: Path) -> None:
     make_database(tmp_path / "concert" / "concert_2.sqlite", [*ROWS, (5, "Bob", "UK", 32)])
     assert match(lucky, GOLD, Databases(tmp_path, ["concert"])) is False
     assert match(GOLD, GOLD, Databases(tmp_path, ["concert"])) is True
+
+
+@pytest.mark.parametrize("prediction", [GOLD, "SELECT name FROM singer", "hello"])
+def test_a_gold_that_fails_on_any_file_is_no_measure_whatever_the_prediction(tmp_path: Path, prediction: str) -> None:
+    make_database(tmp_path / "concert" / "concert.sqlite", ROWS)
+    connection = sqlite3.connect(tmp_path / "concert" / "concert_2.sqlite")
+    with connection:
+        connection.execute("CREATE TABLE other (id)")
+    connection.close()
+    result = score(prediction, {"db_id": "concert", "query": GOLD}, Databases(tmp_path, ["concert"]))
+    assert result.value is None
+    assert result.note == "the gold query cannot run on concert_2: no such table: singer"
+
+
+def test_no_comparison_is_no_match(databases: Databases, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(databases, "files", lambda db_id: [])
+    with pytest.raises(ValueError, match="database 'concert' has no files to compare the queries on"):
+        match("nonsense", GOLD, databases)
+
+
+@pytest.mark.parametrize("db_id", ["{outside}", "../outside", "concert/../../outside", "", ".", "..", "a\0b", None])
+def test_a_db_id_cannot_leave_the_directory(tmp_path: Path, db_id: str | None) -> None:
+    outside = tmp_path / "outside"
+    make_database(tmp_path / "inside" / "concert" / "concert.sqlite", ROWS)
+    # What the text of such a db_id, put twice into a path, would find.
+    for place in (
+        outside / "outside.sqlite",
+        tmp_path / "inside" / "concert" / "outside.sqlite",
+        tmp_path / "outside.sqlite",
+    ):
+        make_database(place, ROWS)
+    db_id = db_id and db_id.format(outside=outside)
+    with pytest.raises(DataError, match=rf"inside: db_id {re.escape(repr(db_id))} must be the name of a directory"):
+        Databases(tmp_path / "inside", ["concert", db_id])  # type: ignore[list-item]
+
+
+def test_folders_are_no_files_of_a_database(tmp_path: Path) -> None:
+    make_database(tmp_path / "concert" / "concert.sqlite", ROWS)
+    (tmp_path / "concert" / "old.sqlite").mkdir()
+    (tmp_path / "empty" / "empty.sqlite").mkdir(parents=True)
+    assert Databases(tmp_path, ["concert"]).files("concert") == [tmp_path / "concert" / "concert.sqlite"]
+    with pytest.raises(DataError, match="lacks 1 of the 2 databases: empty"):
+        Databases(tmp_path, ["concert", "empty"])
+
+
+def test_sources_share_a_directory_of_stand_ins(tmp_path: Path) -> None:
+    schema = {"column_names_original": [[-1, "*"], [0, "name"]], "column_types": ["text", "text"]}
+    schema |= {"table_names_original": ["singer"], "primary_keys": [], "foreign_keys": []}
+    tables = tmp_path / "tables.json"
+    tables.write_text(json.dumps([{"db_id": name, **schema} for name in ("dev", "test")]))
+    for db_id in ("dev", "test", "dev"):
+        row = {"db_id": db_id, "query": "SELECT name FROM singer WHERE name = 'Ann'"}
+        scoring = _spider_scoring([Row("line 1", row)], None, str(tmp_path / "made"), str(tables))
+        assert scoring.score(row["query"], row).value is True
+        assert scoring.facts["databases"]["are_stand_ins"] is True
+        assert "n may differ between machines" in scoring.remarks([row])["left_out"]
+    assert len(list((tmp_path / "made").iterdir())) == 2
 
 
 def test_all_missing_databases_are_named_at_once(directory: Path) -> None:

@@ -2,7 +2,11 @@
 
 import copy
 import json
+import multiprocessing
+import os
+import shutil
 import sqlite3
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,9 +107,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tables: Path) -> Path:
-    directory = tables.parent / "made"
-    make_stand_ins(tables, directory, golds=GOLDS, seed=3)
-    return directory
+    return make_stand_ins(tables, tables.parent / "made", golds=GOLDS, seed=3)
 
 
 @pytest.mark.parametrize(("db_id", "gold"), [(db_id, gold) for db_id, golds in GOLDS.items() for gold in golds])
@@ -167,50 +169,57 @@ def test_columns_are_those_of_the_tables(made: Path) -> None:
 
 def test_a_seed_makes_the_same_bytes(tables: Path, made: Path, tmp_path: Path) -> None:
     reordered = {db_id: list(reversed(GOLDS[db_id])) for db_id in reversed(GOLDS)}
-    make_stand_ins(tables, tmp_path / "again", golds=reordered, seed=3)
-    make_stand_ins(tables, tmp_path / "other", golds=GOLDS, seed=4)
-    assert content(tmp_path / "again") == content(made)
-    assert content(tmp_path / "other").keys() == content(made).keys()
+    again = make_stand_ins(tables, tmp_path, golds=reordered, seed=3)
+    other = make_stand_ins(tables, tmp_path, golds=GOLDS, seed=4)
+    assert again.name == made.name and content(again) == content(made)
+    assert content(other).keys() == content(made).keys()
     for name in ("shop/shop.sqlite", "circle/circle.sqlite"):
-        assert content(tmp_path / "other")[name] != content(made)[name]
+        assert content(other)[name] != content(made)[name]
 
 
-def test_a_complete_directory_is_left_as_it_is(tables: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_made_is_left_as_it_is(tables: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_stand_in_databases, "_make_database", None)
-    make_stand_ins(tables, made, golds=GOLDS, seed=3)
+    assert make_stand_ins(tables, made.parent, golds=GOLDS, seed=3) == made
 
 
 @pytest.mark.parametrize(
     ("seed", "golds", "others"),
-    [(4, GOLDS, []), (3, {"shop": GOLDS["shop"]}, []), (3, GOLDS, [1])],
-    ids=["seed", "golds", "tables"],
+    [(4, GOLDS, []), (3, {"shop": GOLDS["shop"]}, []), (3, GOLDS | {"shop": GOLDS["shop"][:1]}, []), (3, GOLDS, [1])],
+    ids=["seed", "databases", "queries", "tables"],
 )
-def test_stand_ins_from_other_input_are_no_substitute(
+def test_stand_ins_of_several_inputs_live_side_by_side(
     made: Path, tmp_path: Path, seed: int, golds: Mapping[str, Sequence[str]], others: list[int]
 ) -> None:
     changed = copy.deepcopy(SHOP)
     for number in others:
         changed["column_types"][number] = "text"
     before = content(made)
-    with pytest.raises(DataError, match="holds stand-ins from another seed, other queries or other tables"):
-        make_stand_ins(write_tables(tmp_path, [changed, CIRCLE]), made, golds=golds, seed=seed)
+    beside = make_stand_ins(write_tables(tmp_path, [changed, CIRCLE]), made.parent, golds=golds, seed=seed)
+    assert beside != made and beside.parent == made.parent
+    assert Databases(beside, golds).are_stand_ins
     assert content(made) == before
 
 
-def test_a_directory_with_something_else_is_not_touched(tables: Path, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match="holds something else; name another or remove it"):
-        make_stand_ins(tables, tmp_path, golds=GOLDS)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+def test_something_else_is_not_touched(tables: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.unfinished-1").write_text("mine")
+    folder = make_stand_ins(tables, tmp_path, golds=GOLDS)
     assert not _stand_in_databases.is_stand_in(tmp_path)
+    (folder / "stand_ins.json").write_text("mine")
+    before = content(tmp_path)
+    with pytest.raises(DataError, match=rf"cannot be made: .*{folder.name} holds something else; remove it"):
+        make_stand_ins(tables, tmp_path, golds=GOLDS)
+    with pytest.raises(DataError, match=r"cannot be made in .*notes.unfinished-1: File exists; name another"):
+        make_stand_ins(tables, tmp_path / "notes.unfinished-1", golds=GOLDS)
+    assert content(tmp_path) == before
 
 
-def test_an_empty_directory_and_missing_parents_will_do(tables: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    for directory in (tmp_path / "empty", tmp_path / "a" / "b"):
-        make_stand_ins(tables, directory, golds={"circle": GOLDS["circle"]})
-        assert (directory / "circle" / "circle.sqlite").is_file()
-        assert directory.stat().st_mode & 0o777 == 0o755
+def test_missing_parents_and_an_empty_folder_will_do(tables: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        folder = make_stand_ins(tables, tmp_path / "a" / "b", golds={"circle": GOLDS["circle"]})
+        assert (folder / "circle" / "circle.sqlite").is_file()
+        assert folder.stat().st_mode & 0o777 == 0o755
+        shutil.rmtree(folder)
+        folder.mkdir()
 
 
 def test_a_maker_that_is_stopped_leaves_nothing(tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,23 +232,44 @@ def test_a_maker_that_is_stopped_leaves_nothing(tables: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(_stand_in_databases, "_make_database", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
-        make_stand_ins(tables, tmp_path / "made", golds=GOLDS)
+        make_stand_ins(tables, tmp_path, golds=GOLDS)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_made", [False, True])
+def test_what_a_killed_maker_left_is_removed_later(tables: Path, tmp_path: Path, is_made: bool) -> None:
+    if is_made:
+        make_stand_ins(tables, tmp_path, golds=GOLDS)
+    old, new, foreign = (
+        tmp_path / name for name in (f"{'0a' * 8}.unfinished-x", f"{'0a' * 8}.unfinished-y", "my.unfinished-x")
+    )
+    for folder, hours in ((old, 2), (new, 0), (foreign, 2)):
+        (folder / "shop").mkdir(parents=True)
+        os.utime(folder, (time.time() - hours * 3600,) * 2)
+    folder = make_stand_ins(tables, tmp_path, golds=GOLDS)
+    assert sorted(tmp_path.iterdir()) == sorted([folder, new, foreign])
 
 
 def test_the_slower_of_two_makers_takes_what_the_faster_made(
     tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_one = _stand_in_databases._make_database
-    monkeypatch.setattr(_stand_in_databases, "_make_database", lambda *args: (overtake(), make_one(*args)))
-
-    def overtake() -> None:
-        monkeypatch.setattr(_stand_in_databases, "_make_database", make_one)
-        make_stand_ins(tables, tmp_path / "made", golds=GOLDS)
-
-    make_stand_ins(tables, tmp_path / "made", golds=GOLDS)
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
-    assert len(rows(tmp_path / "made", "circle", "SELECT * FROM a")) >= 36
+    """Two processes that make everything, and then give it its name at one moment."""
+    processes = multiprocessing.get_context("fork")
+    both, names = processes.Barrier(2, timeout=60), processes.SimpleQueue()
+    publish = _stand_in_databases.publish
+    monkeypatch.setattr(_stand_in_databases, "publish", lambda *folders: (both.wait(), publish(*folders)))
+    makers = [
+        processes.Process(target=lambda: names.put(make_stand_ins(tables, tmp_path, golds=GOLDS, seed=3).name))
+        for _ in range(2)
+    ]
+    for maker in makers:
+        maker.start()
+    for maker in makers:
+        maker.join(60)
+    assert [maker.exitcode for maker in makers] == [0, 0]
+    (folder,) = tmp_path.iterdir()
+    assert names.get() == names.get() == folder.name
+    assert len(rows(folder, "circle", "SELECT * FROM a")) >= 36
 
 
 def test_databases_without_tables_are_named(tables: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from dllm_jepa.errors import DataError
 from dllm_jepa.evals import ItemResult, Score
 from dllm_jepa.evals._statistics import bootstrap_interval, wilson_interval
-from dllm_jepa.evals._summary import summarize, table
+from dllm_jepa.evals._summary import remark_lines, summarize, table
 
 
 def rows(**measures: list[Any]) -> list[dict[str, Any]]:
@@ -60,3 +60,9 @@ def test_table_is_aligned() -> None:
 
 def test_table_of_nothing() -> None:
     assert table(summarize([])).split() == ["measure", "score", "95", "%", "interval", "items"]
+
+
+def test_remarks_are_lines() -> None:
+    remarks = {"best_constant": {"regex": ".*x", "share": 0.156}, "golds": 1.0, "databases": "as given"}
+    assert remark_lines(remarks) == ["best constant: regex .*x, share 0.156", "golds: 1", "databases: as given"]
+    assert remark_lines({}) == []

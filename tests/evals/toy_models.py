@@ -1,5 +1,6 @@
 """Models whose losses are known in closed form, and a model that notes what it is asked."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,23 +11,27 @@ from dllm_jepa.models import MaskedDiffusionLM
 
 
 class CountingModel(nn.Module):
-    """Gives the token 1 the log-odds f(masked tokens of the row) against all other tokens together."""
+    """Gives the token 1 the log-odds f(masked tokens of the row) against all other tokens together.
+
+    The one number of each hidden state is the logit of the token 1; all other logits are 0.
+    """
+
+    shift_logits = False
 
     def __init__(self, log_odds: Callable[[int], float], *, mask_id: int, vocab_size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
+        self.head = nn.Linear(1, vocab_size, bias=False)
+        self.head.weight = nn.Parameter(torch.eye(vocab_size)[:, 1:2].contiguous())
         self.log_odds = log_odds
         self.mask_id = mask_id
         self.vocab_size = vocab_size
 
-    def forward(self, tokens: Tensor, *, attention_mask: Tensor | None, logits_at: Tensor) -> tuple[None, Tensor]:
+    def forward(self, tokens: Tensor, *, attention_mask: Tensor | None, logits_at: Tensor) -> tuple[Tensor, Tensor]:
         assert attention_mask is None
-        counts = (tokens == self.mask_id).sum(1)
-        logits = torch.zeros(len(logits_at), self.vocab_size, dtype=torch.float64)
-        for row, at in enumerate(logits_at.tolist()):
-            count = int(counts[at // tokens.size(1)])
-            logits[row, 1] = self.log_odds(count) + torch.tensor(self.vocab_size - 1.0).log()
-        return None, logits
+        counts = (tokens == self.mask_id).sum(1).tolist()
+        of_rows = torch.tensor([self.log_odds(count) + math.log(self.vocab_size - 1) for count in counts])
+        hidden = of_rows.view(-1, 1, 1).expand(*tokens.shape, 1)
+        return hidden, self.head(hidden.flatten(0, 1)[logits_at])
 
 
 class RecordingModel(nn.Module):
@@ -35,7 +40,8 @@ class RecordingModel(nn.Module):
     def __init__(self, model: MaskedDiffusionLM) -> None:
         super().__init__()
         self.model = model
-        self.sizes = model.sizes
+        self.sizes, self.shift_logits = model.sizes, model.shift_logits
+        self.backbone, self.head = model.backbone, model.head
         self.calls: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, tokens: Tensor, *, logits_at: Tensor, **arguments: Any) -> Any:

@@ -3,9 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
+import dllm_jepa_eval
 import pytest
+import torch
+from omegaconf import OmegaConf
 
 from dllm_jepa.data import generate_regex_pairs
 from dllm_jepa.evals import ResultsFolder, nlrx
@@ -13,6 +18,7 @@ from dllm_jepa.evals._generation_task import item_seed
 from dllm_jepa.generation import llada_decoding
 from dllm_jepa.models import load_hf
 from dllm_jepa.models.tiny import tiny_tokenizer
+from dllm_jepa.training import Ranks
 from tests.launching import eval_here, run_here
 
 ITEMS = 10
@@ -173,6 +179,15 @@ def test_a_model_beside_itself_differs_in_nothing(models: tuple[Path, Path], tmp
         pytest.param(["decoding._component_=dllm_jepa.generation.lada_decoding"], "llada_decoding", id="decoding"),
         pytest.param(["task._component_=dllm_jepa.evals.gsm9k_task"], "gsm8k_task", id="task"),
         pytest.param(["part=target"], "no training state", id="part"),
+        pytest.param(
+            [
+                "task={_component_: dllm_jepa.evals.heldout_task, source: few.jsonl, chunk_tokens: 1}",
+                "decoding=null",
+                "num_shots=null",
+            ],
+            "task: chunk_tokens must be at least",
+            id="chunks",
+        ),
         pytest.param(["task.num_pairs=0"], "task: num_pairs must be between 1 and", id="a builder's word"),
         pytest.param(["base_dir=tests/assets/llada_tiny"], "scores 320 ids, but the tokenizer has", id="a small base"),
     ],
@@ -218,3 +233,17 @@ def test_the_folder_of_the_base_is_looked_at_first(
     with pytest.raises(SystemExit):
         eval_here(tmp_path / "eval", f"checkpoint_dir={models[1]}", f"base_dir={models[0]}")
     assert "base already holds an evaluation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_every_batch_belongs_to_one_rank(tmp_path: Path, world_size: int) -> None:
+    cfg = OmegaConf.create({"output_dir": str(tmp_path), "resume": "auto", "dtype": "fp32", "batch_size": 2, "seed": 0})
+    source, task = SimpleNamespace(fingerprint="abc"), SimpleNamespace(facts=dict)
+    dealt = []
+    for rank in range(world_size):
+        recipe = dllm_jepa_eval.DLLMJEPAEvalRecipe(cfg, Ranks(rank, world_size, torch.device("cpu")))
+        recipe.task, recipe.batches = task, [[item] for item in range(5)]
+        with patch.object(Ranks, "on_rank_zero", lambda self, action: action()):
+            dealt.append(recipe.open_folder(source, recipe.folder, "online"))
+    assert sorted(sum(dealt, [])) == list(range(5))
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1

@@ -1,16 +1,18 @@
 """One run at a time: against other processes, which is what the kernel's record locks are between."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from dllm_jepa.errors import LaunchError
-from dllm_jepa.training import _lock
-from dllm_jepa.training._lock import RunLock
+from dllm_jepa.training import Ranks, _lock, locked
+from dllm_jepa.training._lock import LOCK_NAME, RunLock
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,3 +138,21 @@ def test_a_file_system_without_locks_is_no_obstacle_but_is_said(
     monkeypatch.setattr(_lock.fcntl, "lockf", unsupported)
     RunLock(tmp_path).acquire()
     assert "file system without locks (No locks available)" in capsys.readouterr().err
+
+
+def test_a_directory_that_is_gone_by_the_end(tmp_path: Path) -> None:
+    """Rank zero removes what it made for nothing, maybe before another rank gets that far."""
+    RunLock(tmp_path / "run").acquire()
+    with locked(tmp_path / "run", Ranks(1, 2, torch.device("cpu"))):
+        shutil.rmtree(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_was_not_used_is_removed(tmp_path: Path) -> None:
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    with locked(tmp_path / "a" / "run", ranks):
+        assert (tmp_path / "a" / "run" / LOCK_NAME).exists()
+    assert not (tmp_path / "a").exists()
+    with locked(tmp_path / "a" / "run", ranks):
+        (tmp_path / "a" / "run" / "result").write_text("kept")
+    assert (tmp_path / "a" / "run" / "result").exists()

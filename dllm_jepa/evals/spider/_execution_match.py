@@ -8,8 +8,11 @@ from dllm_jepa.errors import DataError
 from dllm_jepa.evals._score import Score
 from dllm_jepa.evals.spider._result_match import same_result
 from dllm_jepa.evals.spider._sandbox import Limits, Result, Sandbox
+from dllm_jepa.evals.spider._schemas import check_db_id
 from dllm_jepa.evals.spider._sql_text import has_order_by, to_compare, to_execute
 from dllm_jepa.evals.spider._stand_in_databases import is_stand_in
+
+_NUM_NAMED = 10
 
 
 class Databases:
@@ -29,27 +32,34 @@ class Databases:
         are_stand_ins: made by `make_stand_ins`; scores on them cannot be compared with published ones.
 
     Raises:
-        DataError: databases are missing; the message names them all.
+        DataError: databases are missing (the message names the first ones), or a `db_id` is no name of a directory.
     """
 
     def __init__(
         self, directory: Path, db_ids: Iterable[str], *, limits: Limits | None = None, keep_distinct: bool = False
     ) -> None:
         """Find the files."""
-        wanted = sorted(set(db_ids))
-        missing = [db_id for db_id in wanted if not (directory / db_id / f"{db_id}.sqlite").is_file()]
+        try:
+            wanted = sorted({check_db_id(db_id) for db_id in db_ids})
+        except ValueError as error:
+            raise DataError(f"a row names no database of {directory}: {error}") from error
+        self._files = {
+            db_id: sorted(file for file in (directory / db_id).glob("*.sqlite") if file.is_file()) for db_id in wanted
+        }
+        missing = [db_id for db_id in wanted if directory / db_id / f"{db_id}.sqlite" not in self._files[db_id]]
         if missing:
+            there = "" if directory.is_dir() else ", which is no directory,"
+            more = "" if len(missing) <= _NUM_NAMED else f" and {len(missing) - _NUM_NAMED} more"
             raise DataError(
-                f"databases directory {directory} lacks {len(missing)} of the {len(wanted)} databases: "
-                f"{', '.join(missing)}; each must be there as <db_id>/<db_id>.sqlite"
+                f"databases directory {directory}{there} lacks {len(missing)} of the {len(wanted)} databases: "
+                f"{', '.join(missing[:_NUM_NAMED])}{more}; each must be there as <db_id>/<db_id>.sqlite"
             )
         self.keep_distinct = keep_distinct
         self.are_stand_ins = is_stand_in(directory)
-        self._files = {db_id: sorted((directory / db_id).glob("*.sqlite")) for db_id in wanted}
         self._sandbox = Sandbox(limits)
 
     def files(self, db_id: str) -> list[Path]:
-        """The files of a database.
+        """The files of a database, one at least.
 
         Raises:
             ValueError: it is not among the `db_ids`.
@@ -72,8 +82,15 @@ def score(prediction: str, row: Mapping[str, Any], databases: Databases) -> Scor
 
     `execution_match` follows the official test-suite evaluation: the rows are the same, each as often, under some
     order of the columns; their order counts only if the gold query has ORDER BY; a prediction that fails is wrong. It
-    is None if the gold query itself cannot run, as the row then tells nothing about the prediction. `exact_match`
-    compares the queries as tokens: white space, comments, trailing semicolons, and case outside quotes do not count.
+    is None if the gold query itself cannot run on all files, as the row then tells nothing about the prediction.
+    `exact_match` compares the queries as tokens: white space, comments, trailing semicolons, and case outside quotes do
+    not count.
+
+    A gold query that takes nearly as long as the limits allow may run on one machine and not on another, so the number
+    of rows with a score may differ between them; on one machine it never depends on the predictions.
+
+    Where the official evaluation takes DISTINCT out of a prediction, it also drops all behind its first statement and
+    so accepts `SELECT 1; SELECT 2` for `SELECT 1`; here more than one statement is wrong.
 
     Args:
         prediction: anything at all.
@@ -95,13 +112,20 @@ def score(prediction: str, row: Mapping[str, Any], databases: Databases) -> Scor
 
 
 def _execution_match(prediction: str, gold: str, db_id: str, databases: Databases) -> tuple[bool | None, str]:
-    for file in databases.files(db_id):
-        wanted = databases.execute(gold, file)
-        if wanted.rows is None:
-            return None, f"the gold query cannot run on {db_id}: {wanted.failure}"
+    files = databases.files(db_id)
+    if not files:
+        raise ValueError(f"database {db_id!r} has no files to compare the queries on")
+    # The gold query first, on all of them: whether a row counts must not depend on where the prediction fails.
+    wanted = []
+    for file in files:
+        result = databases.execute(gold, file)
+        if result.rows is None:
+            return None, f"the gold query cannot run on {file.stem}: {result.failure}"
+        wanted.append(result.rows)
+    for file, rows in zip(files, wanted, strict=True):
         found = databases.execute(prediction, file)
         if found.rows is None:
             return False, f"the query cannot run: {found.failure}"
-        if not same_result(wanted.rows, found.rows, ordered=has_order_by(gold)):
-            return False, f"other rows than the gold query ({len(found.rows)}, gold {len(wanted.rows)})"
+        if not same_result(rows, found.rows, ordered=has_order_by(gold)):
+            return False, f"other rows than the gold query ({len(found.rows)}, gold {len(rows)})"
     return True, ""

@@ -69,7 +69,7 @@ def read_tables(path: Path) -> dict[str, Schema]:
     schemas: dict[str, Schema] = {}
     for number, database in enumerate(databases):
         try:
-            db_id, schema = _db_id(database), _schema(database)
+            db_id, schema = check_db_id(database["db_id"]), _schema(database)
             if db_id in schemas:
                 raise ValueError(f"db_id {db_id!r} was there before")
         except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -81,8 +81,12 @@ def read_tables(path: Path) -> dict[str, Schema]:
     return schemas
 
 
-def _db_id(database: Mapping[str, Any]) -> str:
-    db_id = database["db_id"]
+def check_db_id(db_id: object) -> str:
+    """A `db_id` as it is, if a directory inside another one may have that name.
+
+    Raises:
+        ValueError: it may not: the name is empty, leads elsewhere, or is no text.
+    """
     if not isinstance(db_id, str) or db_id in ("", ".", "..") or Path(db_id).name != db_id or "\0" in db_id:
         raise ValueError(f"db_id {db_id!r} must be the name of a directory")
     return db_id

@@ -1,10 +1,12 @@
 """Databases that stand in for Spider's own, which come with its tables.json but are a download of their own."""
 
+import contextlib
 import hashlib
 import json
 import shutil
 import sqlite3
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -18,24 +20,34 @@ from dllm_jepa.files import publish, sync_files, write_durably
 _MARKER = "stand_ins.json"
 # To be raised whenever other rows are made for the same input.
 _VERSION = 1
+# Making takes seconds: what is older than that was left by a process that was killed.
+_ABANDONED_SECONDS = 3600.0
+# Folders that are being made: digits of their digest, and an ending of tempfile.
+_UNFINISHED = "[0-9a-f]" * 16 + ".unfinished-*"
 
 
-def make_stand_ins(tables: Path, directory: Path, *, golds: Mapping[str, Sequence[str]], seed: int = 0) -> None:
+def make_stand_ins(tables: Path, directory: Path, *, golds: Mapping[str, Sequence[str]], seed: int = 0) -> Path:
     """Make SQLite databases with made-up rows, on which most gold queries give some.
 
     Several dozen rows per table; keys hold, and the constants that the gold queries compare columns with occur in
-    those columns. The same input gives the same bytes (with one version of SQLite), and a directory that was made from
-    it is left as it is. The directory appears when all of it is there. A score on such databases tells right queries
-    from wrong ones most of the time, but is not the score on Spider's own.
+    those columns. The same input gives the same bytes (with one version of SQLite). A score on such databases tells
+    right queries from wrong ones most of the time, but is not the score on Spider's own.
+
+    Every input has a folder of its own, which appears when all of it is there and is then left as it is. Any number of
+    processes may make the same one at once: the first to finish gives it its name, the others use that.
 
     Args:
         tables: Spider's tables.json.
-        directory: becomes `{directory}/{db_id}/{db_id}.sqlite`; must not exist, or be empty or made from this input.
+        directory: holds the folders; made if it is not there.
         golds: gold queries by `db_id`: the databases to make.
         seed: of the made-up values.
 
+    Returns:
+        The folder, `{directory}/{digits of a hash of the input}`, with `{db_id}/{db_id}.sqlite` in it.
+
     Raises:
-        DataError: the tables cannot be read or lack a database, or the directory is there and holds something else.
+        DataError: the tables cannot be read or lack a database, the directory cannot be used, or something else has the
+            folder's name.
     """
     schemas = read_tables(tables)
     missing = sorted(set(golds) - set(schemas))
@@ -43,24 +55,25 @@ def make_stand_ins(tables: Path, directory: Path, *, golds: Mapping[str, Sequenc
         raise DataError(f"tables file {tables} lacks {len(missing)} databases: {', '.join(missing)}")
     queries = {db_id: sorted(set(golds[db_id])) for db_id in sorted(golds)}
     marker = {"seed": seed, "input": _digest({db_id: schemas[db_id] for db_id in queries}, queries, seed)}
-    if _is_made(directory, marker):
-        return
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{directory.name}.unfinished-", dir=directory.parent))
+    folder = directory / str(marker["input"])[:16]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(directory)
+        if _is_made(folder, marker):
+            return folder
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.unfinished-", dir=directory))
+    except OSError as error:
+        raise DataError(f"stand-in databases cannot be made in {directory}: {error.strerror}; name another") from error
     try:
         for db_id, db_queries in queries.items():
             _make_database(unfinished / db_id, schemas[db_id], db_queries, f"{seed}/{db_id}")
         write_durably(unfinished / _MARKER, json.dumps(marker))
         # mkdtemp makes it for its owner alone.
         unfinished.chmod(0o755)
-        try:
-            publish(unfinished, directory)
-        except OSError:
-            # Somebody else was faster.
-            if not _is_made(directory, marker):
-                raise
+        _give_name(unfinished, folder, marker)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
 
 
 def is_stand_in(directory: Path) -> bool:
@@ -68,22 +81,38 @@ def is_stand_in(directory: Path) -> bool:
     return (directory / _MARKER).exists()
 
 
-def _is_made(directory: Path, marker: Mapping[str, object]) -> bool:
-    """Whether a directory was made from the same input.
+def _is_made(folder: Path, marker: Mapping[str, object]) -> bool:
+    """Whether the folder of an input is there.
 
     Raises:
         DataError: it holds something else.
     """
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        found = json.loads((directory / _MARKER).read_text(encoding="utf-8"))
+        found = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
     if found != marker:
-        what = "stand-ins from another seed, other queries or other tables" if found else "something else"
-        raise DataError(f"stand-in databases cannot be made in {directory}: it holds {what}; name another or remove it")
+        raise DataError(f"stand-in databases cannot be made: {folder} holds something else; remove it")
     return True
+
+
+def _give_name(unfinished: Path, folder: Path, marker: Mapping[str, object]) -> None:
+    try:
+        publish(unfinished, folder)
+    except OSError:
+        # Somebody else was faster.
+        if not _is_made(folder, marker):
+            raise
+
+
+def _remove_abandoned(directory: Path) -> None:
+    for unfinished in directory.glob(_UNFINISHED):
+        # It may get its name, or be removed, at this moment.
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - unfinished.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _digest(schemas: Mapping[str, Schema], queries: Mapping[str, list[str]], seed: int) -> str:
