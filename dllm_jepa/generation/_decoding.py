@@ -10,11 +10,24 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from dllm_jepa.errors import CheckpointError
 from dllm_jepa.generation._canvas import Canvases, build_rows
 from dllm_jepa.generation._noise import RowNoise
 from dllm_jepa.generation._sampling import CONFIDENCES, Sampling, perturbed
 from dllm_jepa.generation._schedules import Schedule, SpeedUp
-from dllm_jepa.generation._scoring import Cache, CachedScorer, DenoisingModel, Scorer, exact_scorer, guided_scorer
+from dllm_jepa.generation._scoring import (
+    Cache,
+    CachedScorer,
+    DenoisingModel,
+    Scorer,
+    StepLogits,
+    exact_scorer,
+    guided_scorer,
+)
+
+# Tokens that are sampled at a time. Where logits are sorted this takes up to 40 bytes each: 1.2 GiB with 126,464 ids.
+# The random numbers of a row are drawn for as many tokens at a time, so those of longer rows depend on the number.
+_TOKENS_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
@@ -137,6 +150,7 @@ class Decoding:
             trace: keep the canvas after every step.
 
         Raises:
+            CheckpointError: the logits of the model are not finite numbers; noticed at the end of a block.
             ValueError: prompts, ids or seeds cannot be used.
         """
         steps = self.stream(
@@ -196,15 +210,17 @@ class Decoding:
         num_passes = [0] * len(canvases.rows.prompts)
         for start in range(0, self.gen_length, self.block_length):
             canvases.open_block(start, min(start + self.block_length, self.gen_length))
+            is_finite = torch.ones((), dtype=torch.bool, device=canvases.rows.tokens.device)
             for step in range(self.schedule.steps):
                 wanted = self._plan(canvases, step)
                 if not any(wanted):
                     continue
                 for prompt, count in zip(canvases.rows.prompts, wanted, strict=True):
                     num_passes[prompt] += count > 0
-                self._fill(canvases, score, banned, step, wanted)
+                is_finite &= self._fill(canvases, score, banned, step, wanted)
                 is_full = not any(canvases.left)
                 if is_full:
+                    _check_finite(is_finite)  # only now: the host waits for the device
                     canvases.close_block()
                 yield DenoisingStep(canvases.now(), list(num_passes))
                 if is_full:
@@ -217,14 +233,16 @@ class Decoding:
         wanted = self.schedule.plan(canvases.left, step, canvases.rows.generators)
         return wanted if self.speed_up is None else [max(count, 1) for count in wanted]
 
-    def _fill(self, canvases: Canvases, score: Scorer, banned: "_Banned", step: int, wanted: list[int]) -> None:
-        """One step: score the masked tokens, pick a token for each, and commit the surest ones."""
+    def _fill(self, canvases: Canvases, score: Scorer, banned: "_Banned", step: int, wanted: list[int]) -> Tensor:
+        """One step: score the masked tokens, pick a token for each, and commit the surest ones.
+
+        Returns:
+            bool [], whether the logits were numbers, on the device of the model.
+        """
         asked = [left if count else 0 for left, count in zip(canvases.left, wanted, strict=True)]
         columns, masked = canvases.first_masked(max(asked))  # [B, m]
-        logits = score(canvases, columns, step)  # [B, m, V]
         noise = RowNoise(canvases.rows.generators, asked, columns.size(1))
-        picked, scores = self.sampling(logits, banned.among(logits), noise)  # [B, m], [B, m, V]
-        confidence = CONFIDENCES[self.confidence](scores, picked, noise)  # [B, m]
+        picked, confidence, is_finite = self._pick(score(canvases, columns, step), banned, noise)  # [B, m] twice
         if self.alg_temp > 0:
             confidence = perturbed(confidence, self.alg_temp, noise)
         ordered, order = confidence.masked_fill(~masked, -torch.inf).sort(dim=1, descending=True, stable=True)
@@ -235,6 +253,24 @@ class Decoding:
             is_among_first = is_among_first | self.speed_up.may_commit(ordered)
             left = None
         canvases.commit(columns, picked, torch.zeros_like(masked).scatter(1, order, is_among_first), left)
+        return is_finite
+
+    def _pick(self, logits: StepLogits, banned: "_Banned", noise: RowNoise) -> tuple[Tensor, Tensor, Tensor]:
+        """A token for each place, int64 [B, m], how sure it is, fp32 [B, m], and whether logits are finite, bool []."""
+        given = logits.given
+        picked = torch.empty(given.shape[:2], dtype=torch.int64, device=given.device)
+        confidence = torch.empty(given.shape[:2], dtype=torch.float32, device=given.device)
+        highest = torch.empty_like(confidence)
+        for part in _parts(*given.shape[:2]):
+            picked[part], confidence[part], highest[part] = self._pick_part(
+                logits.part(*part), banned.among(given), noise.part(*part)
+            )
+        return picked, confidence, highest.isfinite().all()
+
+    def _pick_part(self, logits: Tensor, banned: Tensor, noise: RowNoise) -> tuple[Tensor, Tensor, Tensor]:
+        """For logits fp32 [b, n, V]: tokens, how sure they are, and the highest logit or NaN, all [b, n]."""
+        picked, scores = self.sampling(logits, banned, noise)
+        return picked, CONFIDENCES[self.confidence](scores, picked, noise), logits.amax(-1)
 
 
 class _Banned:
@@ -253,6 +289,26 @@ class _Banned:
                 self._banned[torch.tensor(list(self._token_ids), device=logits.device)] = False
             self._banned[self._mask_id] = True
         return self._banned
+
+
+def _parts(num_rows: int, num_columns: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of no more than `_TOKENS_AT_A_TIME` tokens: whole rows, or pieces of one.
+
+    A row is cut at the same columns whatever stands beside it: its random numbers come in the same order.
+    """
+    rows_at_a_time = max(1, _TOKENS_AT_A_TIME // num_columns)
+    for row in range(0, num_rows, rows_at_a_time):
+        for column in range(0, num_columns, _TOKENS_AT_A_TIME):
+            columns = slice(column, min(column + _TOKENS_AT_A_TIME, num_columns))
+            yield slice(row, row + rows_at_a_time), columns
+
+
+def _check_finite(is_finite: Tensor) -> None:
+    if not is_finite:
+        raise CheckpointError(
+            "the model's logits are not finite numbers: its weights hold NaN or infinite values, or overflow in this "
+            "dtype; use another checkpoint of the run, or load it with dtype=fp32"
+        )
 
 
 def count_blocks(gen_length: int, block_length: int) -> int:

@@ -32,6 +32,12 @@ class RowNoise:
             row[:count] = torch.rand(count, dtype=torch.float64, generator=generator, device=device)
         return drawn
 
+    def part(self, rows: slice, columns: slice) -> "RowNoise":
+        """The random numbers of some rows and columns; the parts of a row are to draw theirs from left to right."""
+        width = columns.stop - columns.start
+        counts = [min(max(count - columns.start, 0), width) for count in self.counts[rows]]
+        return RowNoise(self.generators[rows], counts, width)
+
     def gumbel_rows(self, vocab_size: int) -> Iterator[Tensor]:
         """Gumbel noise float64 [count, V] for every row in turn, so that never more than one row's is in memory."""
         for count, generator in zip(self.counts, self.generators, strict=True):
@@ -40,8 +46,8 @@ class RowNoise:
 
 
 def gumbel(uniform: Tensor) -> Tensor:
-    """Gumbel noise from uniform numbers in float64.
+    """Gumbel noise from uniform numbers in float64, in their place.
 
     In fp32 the tail of the noise would be cut, which lowers the diversity (Zheng et al. 2024, arXiv 2409.02908).
     """
-    return -torch.log(-torch.log(uniform))
+    return uniform.log_().neg_().log_().neg_()

@@ -64,7 +64,7 @@ class Sampling:
         if self.temperature > 0:
             picked = torch.zeros(allowed.shape[:2], dtype=torch.int64, device=allowed.device)
             for row, row_noise, ids in zip(allowed, noise.gumbel_rows(allowed.size(-1)), picked, strict=True):
-                ids[: len(row_noise)] = (row[: len(row_noise)] + row_noise).argmax(-1)
+                ids[: len(row_noise)] = row_noise.add_(row[: len(row_noise)]).argmax(-1)
         else:
             picked = allowed.argmax(-1)
         return picked, scores if self.sharpen_confidence else logits

@@ -4,6 +4,7 @@ Shape legend: B rows, T tokens of a row, m scored tokens of a row, n scored toke
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -14,8 +15,32 @@ from dllm_jepa.kv_cache import KVCache
 
 Cache = Literal["none", "prefix", "dual"]
 
-Scorer = Callable[[Canvases, Tensor, int], Tensor]
-"""From the canvases, the columns [B, m] to score and the number of the step to logits fp32 [B, m, V]."""
+
+@dataclass(frozen=True)
+class StepLogits:
+    """The logits of a step, kept as the model gave them: they go to fp32 in parts, which bounds the memory.
+
+    Args:
+        given: [B, m, V], in the precision of the model.
+        unprompted: the same without a prompt, [B, m, V]; None without guidance.
+        cfg_scale: how far to move away from them.
+    """
+
+    given: Tensor
+    unprompted: Tensor | None = None
+    cfg_scale: float = 0.0
+
+    def part(self, rows: slice, columns: slice) -> Tensor:
+        """The logits of some rows and columns, fp32, guided."""
+        logits = self.given[rows, columns].float()
+        if self.unprompted is None:
+            return logits
+        without = self.unprompted[rows, columns].float()
+        return without + (self.cfg_scale + 1) * (logits - without)
+
+
+Scorer = Callable[[Canvases, Tensor, int], StepLogits]
+"""From the canvases, the columns [B, m] to score and the number of the step to their logits."""
 
 
 class DenoisingModel(Protocol):
@@ -42,10 +67,10 @@ class DenoisingModel(Protocol):
 def exact_scorer(model: DenoisingModel) -> Scorer:
     """Every step feeds whole rows."""
 
-    def score(canvases: Canvases, columns: Tensor, step: int) -> Tensor:
+    def score(canvases: Canvases, columns: Tensor, step: int) -> StepLogits:
         rows = canvases.rows
         _, logits = model(rows.tokens, attention_mask=rows.real, logits_at=_flat(columns, rows.tokens.size(1)))
-        return _rectangle(logits, columns)
+        return StepLogits(_rectangle(logits, columns))
 
     return score
 
@@ -56,15 +81,15 @@ def guided_scorer(model: DenoisingModel, cfg_scale: float, mask_id: int) -> Scor
     Source: ML-GSAI/LLaDA, generate.py, `generate`, `cfg_scale`.
     """
 
-    def score(canvases: Canvases, columns: Tensor, step: int) -> Tensor:
+    def score(canvases: Canvases, columns: Tensor, step: int) -> StepLogits:
         rows = canvases.rows
         in_prompt = torch.arange(rows.tokens.size(1), device=columns.device) < rows.lengths[:, None]
         tokens = torch.cat((rows.tokens, rows.tokens.masked_fill(in_prompt, mask_id)))
         real = None if rows.real is None else rows.real.repeat(2, 1)
         twice = columns.repeat(2, 1)
         _, logits = model(tokens, attention_mask=real, logits_at=_flat(twice, tokens.size(1)))
-        with_prompt, without = _rectangle(logits, twice).chunk(2)
-        return without + (cfg_scale + 1) * (with_prompt - without)
+        given, unprompted = _rectangle(logits, twice).chunk(2)
+        return StepLogits(given, unprompted, cfg_scale)
 
     return score
 
@@ -88,7 +113,7 @@ class CachedScorer:
         self._period: tuple[tuple[int, int], int] | None = None  # block and refresh that the kept ones are from
         self._prompts: list[int] = []  # whose they are
 
-    def __call__(self, canvases: Canvases, columns: Tensor, step: int) -> Tensor:
+    def __call__(self, canvases: Canvases, columns: Tensor, step: int) -> StepLogits:
         """See `Scorer`."""
         rows = canvases.rows
         # Not "every so many passes": a step without a pass in one row may be one with a pass in another.
@@ -97,7 +122,7 @@ class CachedScorer:
             self._kept, self._period, self._prompts = KVCache(rows.real), period, rows.prompts
             at = _flat(columns, rows.tokens.size(1))
             _, logits = self._model(rows.tokens, attention_mask=self._kept, logits_at=at)
-            return _rectangle(logits, columns)
+            return StepLogits(_rectangle(logits, columns))
         if rows.prompts != self._prompts:
             self._kept.keep([self._prompts.index(prompt) for prompt in rows.prompts])
             self._prompts = rows.prompts
@@ -110,7 +135,7 @@ class CachedScorer:
             input_pos=fed,
             logits_at=_flat(columns - fed[:, :1], fed.size(1)),
         )
-        return _rectangle(logits, columns)
+        return StepLogits(_rectangle(logits, columns))
 
 
 def _flat(columns: Tensor, num_tokens: int) -> Tensor:
@@ -121,4 +146,4 @@ def _flat(columns: Tensor, num_tokens: int) -> Tensor:
 
 def _rectangle(logits: Tensor | None, columns: Tensor) -> Tensor:
     assert logits is not None, "the model was asked for logits"
-    return logits.float().view(*columns.shape, -1)
+    return logits.view(*columns.shape, -1)
