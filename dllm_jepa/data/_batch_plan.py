@@ -18,6 +18,10 @@ from dllm_jepa.errors import ConfigError
 
 IntArray = npt.NDArray[np.int64]
 
+# Difference of micro-batches, as a part of the fullest, that is let be. Behind longest first a larger one means that
+# the fullest has fewer than 1 / EVEN_ENOUGH sequences, which bounds the search for an exchange.
+EVEN_ENOUGH = 0.001
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -125,7 +129,8 @@ class BatchPlan:
 def split_packed(lengths: IntArray, capacity: int, num_ranks: int) -> list[list[int]]:
     """Split sequences into as few rounds of micro-batches as hold them, with nearly equal numbers of tokens.
 
-    Longest sequence first, always into the emptiest micro-batch; one more round for all ranks while one overflows.
+    Longest sequence first, always into the emptiest micro-batch, then exchanges; one more round for all ranks while a
+    micro-batch overflows.
 
     Args:
         lengths: int64 [G], in tokens, none above `capacity`.
@@ -145,10 +150,40 @@ def split_packed(lengths: IntArray, capacity: int, num_ranks: int) -> list[list[
             load, number = loads[0]
             heapq.heapreplace(loads, (load + sizes[position], number))
             bins[number].append(position)
-        if max(loads)[0] <= capacity:
-            tokens = dict((number, load) for load, number in loads)
-            return [sorted(bins[number]) for number in sorted(tokens, key=lambda n: (-tokens[n], n))]
+        tokens = even_out(bins, lengths)
+        if tokens.max() <= capacity:
+            return [sorted(bins[number]) for number in np.argsort(-tokens, kind="stable")]
         num_rounds += 1
+
+
+def even_out(bins: list[list[int]], lengths: IntArray) -> IntArray:
+    """Exchange sequences between the fullest and the emptiest micro-batch as long as that brings them closer.
+
+    Longest first leaves them apart by about the shortest sequence: 1 or 2 % of a micro-batch of 8 to 16 sequences.
+
+    Args:
+        bins: micro-batches, each a list of positions in `lengths`; changed in place.
+        lengths: int64 [G], in tokens.
+
+    Returns:
+        int64 [micro-batches], their tokens.
+    """
+    tokens = np.array([lengths[members].sum() for members in bins])
+    while True:
+        fullest, emptiest = int(tokens.argmax()), int(tokens.argmin())
+        gap = tokens[fullest] - tokens[emptiest]
+        if gap <= EVEN_ENOUGH * tokens[fullest]:
+            return tokens
+        # Row: the sequence that leaves the fullest. Column: the one that comes for it, the last stands for none.
+        moved = lengths[bins[fullest]][:, None] - np.append(lengths[bins[emptiest]], 0)
+        leaves, comes = divmod(int(np.abs(2 * moved - gap).argmin()), moved.shape[1])
+        # Every exchange lowers the sum of squares of `tokens`, so that this ends.
+        if not 0 < moved[leaves, comes] < gap:
+            return tokens
+        tokens[[fullest, emptiest]] += np.array([-1, 1]) * moved[leaves, comes]
+        bins[emptiest].append(bins[fullest].pop(leaves))
+        if comes < moved.shape[1] - 1:
+            bins[fullest].append(bins[emptiest].pop(comes))
 
 
 def split_padded(lengths: IntArray, capacity: int, num_ranks: int) -> list[list[int]]:
