@@ -106,7 +106,9 @@ def test_resumed_on_two_ranks_is_bit_identical(runs: Path, kind: str) -> None:
 
 def test_dropout_makes_another_run(runs: Path) -> None:
     assert metrics(runs / "dropout_two")[0]["loss"] == pytest.approx(metrics(runs / "lora")[0]["loss"], rel=1e-6)
-    assert metrics(runs / "dropout_two")[-1]["loss"] != pytest.approx(metrics(runs / "lora")[-1]["loss"], rel=1e-5)
+    dropped, whole = (training_state(runs / name, 6) for name in ("dropout_two", "lora"))
+    changed = [(dropped[name] - whole[name]).norm() / whole[name].norm() for name in whole if "lora_b.weight" in name]
+    assert max(changed) > 1e-2
 
 
 def test_the_averages_lag_behind_the_adapters(runs: Path) -> None:
