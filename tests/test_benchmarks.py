@@ -61,6 +61,7 @@ def test_arms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken == [(number, arm) for number in range(5) for arm in (there if number % 2 else back)]
 
 
+@pytest.mark.slow
 def test_a_run_prints_measurements_and_ratios(capsys: pytest.CaptureFixture[str]) -> None:
     """With a large vocabulary, so that the logits of every token stand out in the memory of a process."""
     sizes = "--embed-dim 16 --num-layers 1 --num-heads 2 --mlp-dim 32 --vocab-size 16000 --num-tokens 64"
