@@ -106,7 +106,13 @@ class Sandbox:
         """The worker's answer; None if it had to be killed or died."""
         process = self._worker()
         assert process.stdin is not None and process.stdout is not None, "the worker is started with pipes"
-        killer = threading.Timer(self.limits.seconds + _GRACE_SECONDS, process.kill)
+        killed = threading.Event()
+
+        def kill() -> None:
+            killed.set()
+            process.kill()
+
+        killer = threading.Timer(self.limits.seconds + _GRACE_SECONDS, kill)
         killer.daemon = True
         killer.start()
         line = ""
@@ -117,8 +123,9 @@ class Sandbox:
             pass
         finally:
             killer.cancel()
+            killer.join()  # it may be killing right now, after the answer
             # An answer that was not read, because of Ctrl-C say, must not be taken for that of the next query.
-            if not line.endswith("\n"):
+            if killed.is_set() or not line.endswith("\n"):
                 self._end_worker()
         answer: dict[str, Any] | None = json.loads(line) if line.endswith("\n") else None
         return answer
