@@ -31,7 +31,7 @@ from dllm_jepa.models import (
 from dllm_jepa.models.dream import dream_tokenizer
 from dllm_jepa.models.llada import llada_tokenizer
 from dllm_jepa.models.tiny import tiny_tokenizer
-from dllm_jepa.training import Ranks, SavedCheckpoint, check_trained, trained_tensors
+from dllm_jepa.training import MANIFEST_NAME, Ranks, SavedCheckpoint, check_trained, trained_tensors
 
 # Files name functions to call; of a file that somebody else may have written only these are called. The whole path is
 # compared: by way of a module's own imports a longer one leads anywhere.
@@ -41,7 +41,6 @@ TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
     "dllm_jepa.models.tiny.tiny_tokenizer": tiny_tokenizer,
 }
 _OF_FAMILY: dict[str, Callable[..., Tokenizer]] = {"llada": llada_tokenizer, "Dream": dream_tokenizer}
-_MANIFEST_NAME = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def open_model(path: str | Path, *, part: str = "online", ranks: Ranks | None = 
         CheckpointError: if it is none of these, is damaged, or has no such part.
     """
     path = Path(path)
-    if (path / _MANIFEST_NAME).is_file():
+    if (path / MANIFEST_NAME).is_file():
         return _open_training_state(path, part, ranks)
     if part != "online":
         raise CheckpointError(f"{path} is no training state, and only these have a part {part!r}: leave out part")
@@ -160,7 +159,7 @@ def _open_training_state(path: Path, part: str, ranks: Ranks | None) -> ModelSou
     base = checkpoint.state["base"]
     if model.lora is not None:
         base_source(model, checkpoint.state, None if base is None else Path(base))
-    digest = hashlib.sha256((checkpoint.path / _MANIFEST_NAME).read_bytes()).hexdigest()
+    digest = hashlib.sha256((checkpoint.path / MANIFEST_NAME).read_bytes()).hexdigest()
     return ModelSource(
         path,
         _plain(model),

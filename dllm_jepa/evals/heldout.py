@@ -177,7 +177,7 @@ def _read_text(source: str, split: str, name: str | None, field: str) -> str:
         documents = (row.values[field] for row in read_rows(source, fields=[field], split=split, name=name))
         return "".join(document if document.endswith("\n") else document + "\n" for document in documents)
     if name is not None:
-        raise DataError(f"{source} is a file: `name` (here {name!r}) is for datasets on the hub, leave it out")
+        raise DataError(f"{source} is a file: `name` (here {name!r}) is for datasets on the hub, set it to null")
     try:
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError as error:

@@ -11,6 +11,7 @@ from dllm_jepa.training._schedules import cosine_with_warmup
 from dllm_jepa.training._sharding import full_tensor, full_tensors, materialize, shard
 from dllm_jepa.training._signals import STOPPED_EXIT_CODE, Stopped, StopSignals
 from dllm_jepa.training.checkpoint import (
+    MANIFEST_NAME,
     CheckpointWriter,
     SavedCheckpoint,
     TrainingState,
@@ -20,6 +21,7 @@ from dllm_jepa.training.checkpoint import (
 )
 
 __all__ = [
+    "MANIFEST_NAME",
     "STOPPED_EXIT_CODE",
     "CheckpointWriter",
     "MetricLogger",

@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -322,6 +322,27 @@ def test_a_worker_that_dies_costs_one_query_at_most(database: Path) -> None:
     threading.Timer(0.2, running(sandbox).kill).start()
     assert sandbox.execute(BOMBS["endless count"], database).failure == "ends its process"
     assert sandbox.execute("SELECT 3", database).rows == [(3,)]
+
+
+def test_a_worker_that_is_killed_just_after_its_answer_is_not_asked_again(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LateTimer:
+        """Fires when it is cancelled: between the answer and the next query."""
+
+        daemon = False
+
+        def __init__(self, seconds: float, kill: Callable[[], None]) -> None:
+            self.cancel = kill
+
+        def start(self) -> None: ...
+
+        def join(self) -> None: ...
+
+    sandbox = Sandbox(Limits(seconds=30))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "Timer", LateTimer)
+        assert [sandbox.execute(f"SELECT {number}", database).rows for number in range(5)] == [[(n,)] for n in range(5)]
 
 
 def test_an_interrupted_query_leaves_no_answer_for_the_next(database: Path) -> None:

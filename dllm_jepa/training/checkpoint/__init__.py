@@ -6,7 +6,7 @@ from dllm_jepa.training.checkpoint._directory import (
     remove_unfinished,
     step_of,
 )
-from dllm_jepa.training.checkpoint._manifest import NewerFormatError
+from dllm_jepa.training.checkpoint._manifest import MANIFEST_NAME, NewerFormatError
 from dllm_jepa.training.checkpoint._optimizer import trained_tensors
 from dllm_jepa.training.checkpoint._reader import SavedCheckpoint
 from dllm_jepa.training.checkpoint._start import Start, find_start
@@ -14,6 +14,7 @@ from dllm_jepa.training.checkpoint._state import TrainingState, check_trained
 from dllm_jepa.training.checkpoint._writer import CheckpointWriter
 
 __all__ = [
+    "MANIFEST_NAME",
     "CheckpointWriter",
     "NewerFormatError",
     "SavedCheckpoint",
