@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ class PackedSequences:
         """The same packing with `cu_seqlens` on `device`."""
         return PackedSequences(self.cu_seqlens.to(device, non_blocking=True), self.max_seqlen)
 
+    def pin_memory(self) -> "PackedSequences":
+        """The same packing with `cu_seqlens` in page-locked memory."""
+        return PackedSequences(self.cu_seqlens.pin_memory(), self.max_seqlen)
+
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
         """Padded views, one for each power of two that some length rounds up to.
@@ -77,6 +82,11 @@ class PackedSequences:
         return tuple(buckets)
 
     @cached_property
+    def is_even(self) -> bool:
+        """Whether all sequences are equally long, so that the one bucket is the row itself, in order."""
+        return len(self.buckets) == 1 and self.buckets[0].valid is None
+
+    @cached_property
     def bucket_positions(self) -> Tensor:
         """int64 [N], where each token of the row stands in the flattened, concatenated buckets."""
         positions = torch.empty(int(self.cu_seqlens[-1]), dtype=torch.int64, device=self.cu_seqlens.device)
@@ -87,3 +97,13 @@ class PackedSequences:
             positions[bucket.index[real]] = slots[real]
             offset += bucket.index.numel()
         return positions
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """For `flex_attention`: every token sees its own sequence. Computed once per packing, as the buckets are."""
+        owner = torch.repeat_interleave(self.cu_seqlens.diff())  # int64 [N], sequence of every token
+
+        def in_one_sequence(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return owner[query] == owner[key]
+
+        return create_block_mask(in_one_sequence, None, None, len(owner), len(owner), owner.device)

@@ -23,8 +23,7 @@ from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import compile_model, set_activation_checkpointing
 
 from dllm_jepa import config, training
-from dllm_jepa.data import BatchPlan, MicroBatch, TrainingBatches
-from dllm_jepa.errors import ConfigError
+from dllm_jepa.data import BatchPlan, MicroBatch, PrefetchedBatches, TrainingBatches, total_counts
 from dllm_jepa.jepa import (
     CollapseMonitor,
     EMAAdapterTargetEncoder,
@@ -32,7 +31,6 @@ from dllm_jepa.jepa import (
     StepSums,
     is_jepa_step,
     jepa_loss,
-    masked_token_loss,
     masked_token_weights,
     pool,
     shuffled_partners,
@@ -42,10 +40,12 @@ from dllm_jepa.models import (
     InitialWeights,
     LoRAWeights,
     MaskedDiffusionLM,
+    choose_packed_attention,
     init_rope,
     model_card,
     save_adapter,
     save_merged,
+    step_flops,
 )
 
 EXPORTS = {None: (), "online": ("online",), "target": ("target",), "both": ("online", "target")}
@@ -77,9 +77,8 @@ class DLLMJEPALoRARecipe:
     def setup(self) -> None:
         """Build every part in order of use; what the user may have got wrong comes before what costs memory."""
         cfg = self.cfg
-        changes = (
-            [] if self.run.resume_from is None else config.check_resume(cfg, self.run.resume_from.config, config.LORA)
-        )
+        saved = self.run.resume_from
+        changes = [] if saved is None else config.check_resume(cfg, saved.config, config.LORA)
         self.tokenizer = instantiate(cfg.tokenizer)
         with torch.device("meta"):
             self.model: MaskedDiffusionLM = instantiate(cfg.model)
@@ -89,6 +88,8 @@ class DLLMJEPALoRARecipe:
         self.model.check_fits(vocab_size=self.tokenizer.vocab_size, max_seq_len=cfg.max_seq_len)
         self.batches, steps_per_epoch, data = self.setup_batches()
         self.num_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
+        self.prefetched = PrefetchedBatches(self.batches, num_steps=self.num_steps, device=self.ranks.device)
+        self.cleanup.callback(self.prefetched.close)
         self.run.check_steps(self.num_steps)
         model = {"family": self.model.family, "sizes": asdict(self.model.sizes), "lora": asdict(self.model.lora)}
         weights = f"random, seed {cfg.seed}" if self.origin is None else self.origin.fingerprint()
@@ -97,7 +98,7 @@ class DLLMJEPALoRARecipe:
         if self.run.resume_from is not None:
             training.check_trained(self.run.resume_from, "model", self.model)
             changes += training.compare_facts(self.run.resume_from.state, self.facts, override=cfg.resume_override)
-        metric_logger = self.setup_metric_logger()
+        metric_logger = training.build_metric_logger(cfg.metric_logger, self.ranks)
         self.setup_model()
         self.trained = nn.ModuleDict({"model": self.model})
         self.target_encoder = None
@@ -112,10 +113,7 @@ class DLLMJEPALoRARecipe:
         )
         self.parts = {"target": self.target_encoder, "monitor": self.monitor}
         self.optimizer = instantiate(cfg.optimizer, [p for p in self.trained.parameters() if p.requires_grad])
-        self.lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
-        if cfg.lr_scheduler is not None:
-            num_training_steps = cfg.lr_scheduler.get("num_training_steps") or self.num_steps
-            self.lr_scheduler = instantiate(cfg.lr_scheduler, self.optimizer, num_training_steps=num_training_steps)
+        self.lr_scheduler = training.build_lr_scheduler(cfg.lr_scheduler, self.optimizer, num_steps=self.num_steps)
         self.setup_run(metric_logger, changes)
 
     def setup_batches(self) -> tuple[TrainingBatches, int, dict[str, str | int]]:
@@ -155,10 +153,10 @@ class DLLMJEPALoRARecipe:
         cfg = self.cfg
         if cfg.compile:
             compile_model(self.model.backbone, verbose=False)
+            self.model.compile_loss()
         if cfg.enable_activation_checkpointing:
             set_activation_checkpointing(self.model, auto_wrap_policy={TransformerSelfAttentionLayer})
-        units = [*self.model.backbone.layers, *([] if self.model.head is None else [self.model.head])]
-        training.shard(self.model, units, self.ranks, self.compute_dtype)
+        training.shard(self.model, self.model.units, self.ranks, self.compute_dtype, kept=self.model.head)
         self.base = self.origin or InitialWeights(self.model, seed=cfg.seed, num_layers=self.model.sizes.num_layers)
         source = LoRAWeights(self.model, self.base, seed=cfg.seed, dtype=self.compute_dtype)
         training.materialize(
@@ -180,15 +178,6 @@ class DLLMJEPALoRARecipe:
         training.materialize(predictor, initial.read, dtype=DTYPES[self.cfg.dtype], device=self.ranks.device)
         return predictor
 
-    def setup_metric_logger(self) -> training.MetricLogger | None:
-        """The metric logger, on rank zero."""
-        if not self.ranks.is_rank_zero or self.cfg.metric_logger is None:
-            return None
-        try:
-            return instantiate(self.cfg.metric_logger)
-        except ImportError as error:
-            raise ConfigError(f"metric_logger: {error}; install what it needs, or set metric_logger: null") from error
-
     def setup_run(self, metric_logger: training.MetricLogger | None, changes: list[str]) -> None:
         """Go on from a training state, if there is one, and take the output directory into use."""
         cfg = self.cfg
@@ -198,9 +187,17 @@ class DLLMJEPALoRARecipe:
         self.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
         self.run.open(self.config_yaml, changes)
         self.log = training.RunLog(
-            self.run, metric_logger, self.ranks, num_steps=self.num_steps, log_every_n_steps=cfg.log_every_n_steps
+            self.run,
+            metric_logger,
+            training.build_profiler(cfg.profiler),
+            self.ranks,
+            num_steps=self.num_steps,
+            log_every_n_steps=cfg.log_every_n_steps,
+            peak_tflops=cfg.peak_tflops,
+            samples=self.batches.samples,
         )
         self.cleanup.callback(self.log.close)
+        self.log.say(choose_packed_attention(self.model, self.ranks.device, self.compute_dtype))
         if metric_logger is not None:
             metric_logger.log_config(cfg)
         self.checkpoints = training.CheckpointWriter(
@@ -221,27 +218,30 @@ class DLLMJEPALoRARecipe:
         for step in self.log.steps():
             self.ranks.seed(cfg.seed, step)  # for dropout and stochastic rounding; views have seeds of their own
             # 1. Views: two maskings of the same sequences, for every micro-batch of this step
-            micro_batches = [batch.to(self.ranks.device) for batch in self.batches.step(step)]
-            counts = self.global_counts(micro_batches)
+            micro_batches = [batch.to(self.ranks.device) for batch in self.prefetched.step(step)]
+            counts = GlobalCounts(*self.ranks.sum_numbers(total_counts(micro_batches)))
+            self.log.lap("data")
 
             # 2. Target embeddings, one [S, D] a micro-batch: EMA weights, no gradient, no head
             targets = self.embed_targets(micro_batches, step)
+            self.log.lap("target")
 
             sums, pooled_rows = StepSums(self.ranks.device), []
             for index, batch in enumerate(micro_batches):
-                # 3. The one forward that carries gradient
+                # 3. The one forward that carries gradient; the head scores masked tokens only, a chunk at a time
+                weights = masked_token_weights(cfg.loss_weight, counts, **batch.loss_counts())  # [n]
                 with self.ranks.autocast(self.compute_dtype):
-                    hidden, logits = self.model(
+                    hidden, (diffusion_loss, token_loss) = self.model(
                         batch.context,
                         attention_mask=batch.attention_mask,
                         input_pos=batch.input_pos,
                         logits_at=batch.masked_positions,
+                        labels=batch.labels,
+                        token_weights=weights,
+                        chunk_tokens=cfg.logits_chunk_tokens,
                     )
                 # 4. Losses: local sums over global counts
-                token_loss = masked_token_loss(logits, batch.labels)  # [n]
-                weights = masked_token_weights(cfg.loss_weight, counts, **batch.loss_counts())  # [n]
-                loss = diffusion_loss = (weights * token_loss).sum()
-                alignment_loss = torch.zeros_like(diffusion_loss)
+                loss, alignment_loss = diffusion_loss, torch.zeros_like(diffusion_loss)
                 if targets is not None or self.monitor.collects(step):
                     pooled = pool(hidden, batch.context_ids, batch.num_sequences, layer_norm=cfg.pooled_layer_norm)
                     pooled_rows.append(pooled.detach())
@@ -250,32 +250,26 @@ class DLLMJEPALoRARecipe:
                         pred = self.trained["predictor"](pooled.to(hidden.dtype))
                     alignment_loss = jepa_loss(targets[index], pred, counts)
                     loss = diffusion_loss + cfg.jepa_weight * alignment_loss
+                self.log.lap("forward")
                 # 5. Backward
                 loss.backward()
                 sums.add(diffusion_loss, alignment_loss, token_loss, **batch.loss_counts())
+                self.log.lap("backward")
 
             # 6. Optimizer and schedule, once per step
-            losses, grad_norm = self.finish_gradients(step, sums)
-            learning_rate = self.update_weights()
+            values, learning_rate = self.update_weights(sums)
+            self.log.lap("optimizer")
             # 7. EMA, after the optimizer
             if self.target_encoder is not None:
                 self.target_encoder.update(self.model.backbone)
+            self.log.lap("ema")
             # 8. Log, monitor, checkpoint
-            health = self.check_health(step, losses, pooled_rows, micro_batches)
-            row = {"epoch": self.batches.epoch(step), **losses, "grad_norm": grad_norm, "lr": learning_rate}
-            self.log.write(step, row | counts.metrics() | {"micro_batches": len(micro_batches)} | health)
-            stopped_by = self.signals.agreed()
-            if stopped_by or self.checkpoints.is_due(step + 1, num_steps=self.num_steps):
-                self.save(step + 1)
-            if stopped_by:
-                self.checkpoints.finish()
-                raise training.Stopped(stopped_by)
+            row = {"epoch": self.batches.epoch(step), "lr": learning_rate, "micro_batches": len(micro_batches)}
+            health = self.check_health(step, values, pooled_rows, micro_batches)
+            flops = step_flops(self.trained, **counts.sizes(), target=targets is not None)
+            self.log.write(step, row | counts.metrics() | health, values, flops=flops)
+            self.save_if_due(step)
         self.checkpoints.finish()
-
-    def global_counts(self, micro_batches: list[MicroBatch]) -> GlobalCounts:
-        """Count over all ranks and micro-batches: one all-reduce, before any forward."""
-        own = torch.tensor([batch.counts() for batch in micro_batches], device=self.ranks.device)
-        return GlobalCounts(*self.ranks.sum(own.sum(0)).tolist())
 
     def aligns(self, step: int) -> bool:
         """Whether the target branch runs on a step."""
@@ -301,8 +295,8 @@ class DLLMJEPALoRARecipe:
             ]
         if not cfg.shuffle_targets:
             return targets
-        partners = shuffled_partners(cfg.global_batch_size, seed=cfg.seed, step=step).to(self.ranks.device)
-        shuffled = self.gather(targets, micro_batches)[partners]  # [G, D]
+        partners = shuffled_partners(cfg.global_batch_size, seed=cfg.seed, step=step)
+        shuffled = self.gather(targets, micro_batches)[partners.to(self.ranks.device, non_blocking=True)]  # [G, D]
         return [shuffled[batch.batch_positions] for batch in micro_batches]
 
     def gather(self, rows: list[Tensor], micro_batches: list[MicroBatch]) -> Tensor:
@@ -310,45 +304,48 @@ class DLLMJEPALoRARecipe:
         positions = torch.cat([batch.batch_positions for batch in micro_batches])
         return self.ranks.gather_rows(torch.cat(rows), positions, self.cfg.global_batch_size)
 
-    def finish_gradients(self, step: int, sums: StepSums) -> tuple[dict[str, float], float]:
-        """Clip; returns the global losses and the gradient norm before clipping.
+    def update_weights(self, sums: StepSums) -> tuple[dict[str, Tensor], float]:
+        """Clip, step optimizer and schedule.
 
-        Raises:
-            TrainingError: if one of them is not finite; the weights are still those of the last step.
+        Returns:
+            The global losses and the gradient norm before clipping, still on the device, and the rate that was used.
         """
-        limit = math.inf if self.cfg.clip_grad_norm is None else self.cfg.clip_grad_norm
-        grad_norm = float(training.full_tensor(nn.utils.clip_grad_norm_(self.trained.parameters(), limit)))
-        losses = sums.read(self.ranks.sum(sums.values), jepa_weight=self.cfg.jepa_weight, penalty=0.0)
-        values = {"loss": losses["loss"], "gradient norm": grad_norm}
-        training.check_finite(step, values, samples=self.batches.samples(step), checkpoints=self.run.checkpoints)
-        return losses, grad_norm
-
-    def update_weights(self) -> float:
-        """Step optimizer and schedule; returns the learning rate that was used."""
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        limit = math.inf if self.cfg.clip_grad_norm is None else self.cfg.clip_grad_norm
+        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), limit, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        return learning_rate
+        self.ranks.sum(sums.values)
+        losses = sums.losses(jepa_weight=self.cfg.jepa_weight)
+        return losses | {"grad_norm": training.full_tensor(norm)}, learning_rate
 
     def check_health(
-        self, step: int, losses: dict[str, float], pooled_rows: list[Tensor], micro_batches: list[MicroBatch]
+        self, step: int, losses: dict[str, Tensor], pooled_rows: list[Tensor], micro_batches: list[MicroBatch]
     ) -> dict[str, float]:
         """Feed the collapse monitor; its measures on monitored steps."""
         if self.monitor.collects(step):
             self.monitor.add(self.gather(pooled_rows, micro_batches))
         if not self.monitor.measures(step):
             return {}
+        self.log.check(step, losses)
         health, warning = self.monitor.measure()
         if warning is not None:
             self.log.say(f"warning: step {step + 1}: {warning}")
-        return health | {"target_cosine": 1 - losses["jepa_loss"]} if self.aligns(step) else health
+        return health | {"target_cosine": 1 - float(losses["jepa_loss"])} if self.aligns(step) else health
 
-    def save(self, step: int) -> None:
-        """Write the training state after `step` optimizer steps."""
-        self.run.metrics.sync()
-        self.checkpoints.save(step, self.state.tensors(), self.state.numbers() | {"metrics": self.run.metrics.last_row})
+    def save_if_due(self, step: int) -> None:
+        """Write the training state, if it is time to, or if the run is asked to stop, which it then does."""
+        stopped_by = self.signals.agreed()
+        if stopped_by or self.checkpoints.is_due(step + 1, num_steps=self.num_steps):
+            self.log.flush()
+            self.run.metrics.sync()
+            numbers = self.state.numbers() | {"metrics": self.run.metrics.last_row}
+            self.checkpoints.save(step + 1, self.state.tensors(), numbers)
+        if stopped_by:
+            self.checkpoints.finish()
+            raise training.Stopped(stopped_by)
 
     def export(self) -> None:
         """Write the adapters that the config asks for, and the models that they make of their base."""

@@ -149,7 +149,7 @@ def status(output_dir: Path) -> dict[str, Any]:
 
 def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl without what differs between two runs of the same."""
-    return [{key: row[key] for key in row if key not in ("tokens_per_second", "step_seconds")} for row in rows]
+    return [{key: row[key] for key in row if not key.endswith(("_per_second", "_seconds"))} for row in rows]
 
 
 def training_state(run: Path, step: int) -> dict[str, Tensor]:

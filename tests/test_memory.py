@@ -17,12 +17,13 @@ from torchtune.training import set_activation_checkpointing
 
 from dllm_jepa import cli
 from dllm_jepa.config import Launch, find_configs, load_config, problems, schema_of, with_defaults
-from dllm_jepa.jepa import GlobalCounts, jepa_loss, masked_token_loss, masked_token_weights, pool
+from dllm_jepa.jepa import GlobalCounts, jepa_loss, masked_token_weights, pool
 from dllm_jepa.memory import LiveStorages, MemoryTable, step_memory
 from dllm_jepa.memory._live_storages import stored_bytes
 from dllm_jepa.memory._micro_batch import _LikeCUDA, _update, micro_batch_peak
 from dllm_jepa.memory._optimizer import optimizer_state_bytes
-from dllm_jepa.models import MaskedDiffusionLM, _attention
+from dllm_jepa.models import MaskedDiffusionLM
+from dllm_jepa.models._attention import BidirectionalAttention
 from dllm_jepa.packing import PackedSequences
 from tests.launching import ROOT
 
@@ -170,7 +171,11 @@ def measured_peak(cfg: DictConfig, *, with_logits: bool) -> int:
     ids = torch.tensor([0] * 32 + [1] * 32 + [2] * 16)[None]
     positions = torch.cat([torch.arange(length) for length in (32, 32, 16)])[None]
     masked, ones = torch.arange(16), torch.ones(3, dtype=torch.int64)
-    counts = GlobalCounts(3, 16, 80, 80)
+    counts = GlobalCounts(3, 16, 80, 80, 32**2 + 32**2 + 16**2)
+    weights = masked_token_weights(
+        "mean", counts, sequence_of_masked=masked % 3, mask_ratio=ones, num_masked=ones, num_maskable=ones
+    )
+    scored = {"labels": masked, "token_weights": weights, "chunk_tokens": cfg.logits_chunk_tokens}
 
     def autocast() -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=cfg.compute_dtype == "bf16")
@@ -179,18 +184,18 @@ def measured_peak(cfg: DictConfig, *, with_logits: bool) -> int:
         with autocast(), torch.no_grad():
             target = pool(backbone(tokens, mask=packing, input_pos=positions), ids, 3)
         with autocast():
-            hidden, logits = model(
-                tokens, attention_mask=packing, input_pos=positions, logits_at=masked if with_logits else None
+            hidden, losses = model(
+                tokens,
+                attention_mask=packing,
+                input_pos=positions,
+                **({"logits_at": masked} | scored if with_logits else {}),
             )
         pooled = pool(hidden, ids, 3)
         with autocast():
             pred = predictor(pooled.to(hidden.dtype))
         loss = jepa_loss(target, pred, counts)
         if with_logits:
-            weights = masked_token_weights(
-                "mean", counts, sequence_of_masked=masked % 3, mask_ratio=ones, num_masked=ones, num_maskable=ones
-            )
-            loss = loss + (weights * masked_token_loss(logits, masked)).sum()
+            loss = loss + losses.weighted_sum
         loss.backward()
 
     micro_batch()
@@ -228,7 +233,7 @@ def test_a_gpu_takes_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     wide = ("compute_dtype=bf16", "enable_activation_checkpointing=true", "tokens_per_device=4096")
     cfg = config("device=cuda", *wide)
     on_cpu = micro_batch_peak(config(*wide), 1, with_logits=False)
-    monkeypatch.setattr(_attention, "_bucketed_attention", refuse)
+    monkeypatch.setattr(BidirectionalAttention, "packed_attention", staticmethod(refuse))
     assert 0 < micro_batch_peak(cfg, 1, with_logits=False) < on_cpu
 
 

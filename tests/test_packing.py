@@ -67,6 +67,27 @@ def test_few_attention_calls(lengths: list[int]) -> None:
         assert lengths_here is None or bucket.valid is None
 
 
+@deterministic
+@given(any_lengths | st.integers(1, 9).flatmap(lambda count: st.integers(1, 20).map(lambda length: [length] * count)))
+def test_an_even_row_is_its_own_bucket(lengths: list[int]) -> None:
+    packing = PackedSequences.from_lengths(lengths)
+    assert packing.is_even == (len(set(lengths)) == 1)
+    if packing.is_even:
+        assert torch.equal(packing.buckets[0].index, torch.arange(sum(lengths)).view(len(lengths), -1))
+
+
+@pytest.mark.parametrize("lengths", [[1], [5], [3, 1, 4, 2], [100, 28, 128, 1, 300, 7], [128, 256]])
+def test_the_block_mask_shows_every_token_its_own_sequence(lengths: list[int]) -> None:
+    mask = PackedSequences.from_lengths(lengths).block_mask
+    owner = torch.tensor([number for number, length in enumerate(lengths) for _ in range(length)])
+    every = torch.arange(len(owner))
+    seen = mask.mask_mod(torch.tensor(0), torch.tensor(0), every[:, None], every[None])
+    assert torch.equal(seen, owner[:, None] == owner[None])
+    pairs = {(q // 128, k // 128) for q, k in seen.nonzero().tolist()}
+    assert set(map(tuple, mask.to_dense()[0, 0].nonzero().tolist())) == pairs
+    assert mask.seq_lengths == (len(owner), len(owner))
+
+
 @pytest.mark.parametrize("lengths", [[], [0], [3, 0, 2], [-1]])
 def test_a_sequence_without_tokens_is_refused(lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="packed sequences need at least one token each"):

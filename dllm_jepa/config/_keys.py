@@ -152,6 +152,13 @@ LOSS = (
         "diffusion loss: mean per sequence, LLaDA's 1/t, or mean over all masked tokens",
         default="mean",
     ),
+    Key(
+        "logits_chunk_tokens",
+        _COUNT,
+        "masked tokens scored at a time: bounds the memory of the logits, does not change the loss",
+        default=1024,
+        may_change=True,
+    ),
 )
 
 OPTIMIZER = (
@@ -308,5 +315,27 @@ LOGGING = (
         nullable=True,
         may_change=True,
     ),
-    Key("log_every_n_steps", _COUNT, "steps between lines of the metric logger", default=1, may_change=True),
+    Key(
+        "log_every_n_steps",
+        _COUNT,
+        "steps between reports: losses are read, checked and written so often; between them nothing waits for the GPU",
+        default=1,
+        may_change=True,
+    ),
+    Key(
+        "peak_tflops",
+        Number(low=0, low_open=True),
+        "TFLOP/s of one GPU at its peak in compute_dtype, for mfu; null = it is not reported",
+        default=None,
+        nullable=True,
+        may_change=True,
+    ),
+    Key(
+        "profiler",
+        Component(),
+        "builder of a profiler, as torchtune.training.setup_torch_profiler; null = none",
+        default=None,
+        nullable=True,
+        may_change=True,
+    ),
 )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from dllm_jepa.config import _eval_keys as eval_keys
 from dllm_jepa.config import _eval_rules as eval_rules
+from dllm_jepa.config import _float8_rules as float8_rules
 from dllm_jepa.config import _keys as keys
 from dllm_jepa.config import _lora_rules as lora_rules
 from dllm_jepa.config import _optimizer_rules as optimizer_rules
@@ -88,14 +89,20 @@ TRAINING = Schema(
     + keys.LOOP
     + keys.CHECKPOINT
     + keys.LOGGING,
-    rules=(*_RULES, lora_rules.whole_backbone_is_averaged, optimizer_rules.optimizer_in_bwd_is_legal),
+    rules=(
+        *_RULES,
+        lora_rules.whole_backbone_is_averaged,
+        optimizer_rules.optimizer_in_bwd_is_legal,
+        float8_rules.float8_on_gpu_in_bf16,
+    ),
     launch_rules=(
         *_LAUNCH_RULES,
         optimizer_rules.low_bit_optimizer_on_sharded_bf16,
         rules.bf16_average_in_one_process,
         optimizer_rules.optimizer_in_bwd_in_one_process,
+        float8_rules.float8_capability,
     ),
-    warnings=(rules.small_rate_on_bf16_weights,),
+    warnings=(rules.small_rate_on_bf16_weights, float8_rules.float8_without_compile),
 )
 
 LORA = Schema(

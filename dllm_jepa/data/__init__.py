@@ -2,7 +2,8 @@
 
 from dllm_jepa.data._batch_plan import BatchPlan
 from dllm_jepa.data._chat import chat
-from dllm_jepa.data._collate import MicroBatch, TrainingBatches
+from dllm_jepa.data._collate import MicroBatch, TrainingBatches, total_counts
+from dllm_jepa.data._prefetch import PrefetchedBatches
 from dllm_jepa.data._regex_pairs import generate_regex_pairs, regex_pairs
 from dllm_jepa.data._sequences import SequenceDataset, build_sequences
 from dllm_jepa.data._sources import Row, check_text, read_rows
@@ -14,6 +15,7 @@ __all__ = [
     "TASKS",
     "BatchPlan",
     "MicroBatch",
+    "PrefetchedBatches",
     "Row",
     "SequenceDataset",
     "Task",
@@ -32,4 +34,5 @@ __all__ = [
     "spider",
     "spider_task",
     "text",
+    "total_counts",
 ]

@@ -45,6 +45,7 @@ class MicroBatch:
         batch_positions: int64 [S], positions of the sequences in the global batch.
         num_sequences: S; 0 for a rank that has nothing to do in this round and only keeps step with the others.
         num_tokens: tokens without padding.
+        squared_lengths: sum over the sequences of their squared lengths in tokens, which attention grows with.
     """
 
     context: Tensor
@@ -62,10 +63,11 @@ class MicroBatch:
     batch_positions: Tensor
     num_sequences: int
     num_tokens: int
+    squared_lengths: int
 
-    def counts(self) -> tuple[int, int, int, int]:
-        """Sequences, masked tokens, tokens without padding, tokens with padding."""
-        return self.num_sequences, len(self.labels), self.num_tokens, self.context.numel()
+    def counts(self) -> tuple[int, int, int, int, int]:
+        """Sequences, masked tokens, tokens without padding, tokens with padding, and squared lengths."""
+        return self.num_sequences, len(self.labels), self.num_tokens, self.context.numel(), self.squared_lengths
 
     def loss_counts(self) -> dict[str, Tensor]:
         """The fields that weigh the loss of a masked token, by name."""
@@ -77,15 +79,29 @@ class MicroBatch:
         }
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same micro-batch on another device."""
+        """The same micro-batch on another device; from page-locked memory it is copied while the device works."""
+        return self._with_tensors(lambda value: value.to(device, non_blocking=True), lambda value: value.to(device))
+
+    def pin_memory(self) -> "MicroBatch":
+        """The same micro-batch in page-locked memory."""
+        return self._with_tensors(Tensor.pin_memory, PackedSequences.pin_memory)
+
+    def _with_tensors(
+        self, of_tensor: Callable[[Tensor], Tensor], of_packing: Callable[[PackedSequences], PackedSequences]
+    ) -> "MicroBatch":
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                moved[field.name] = value.to(device, non_blocking=True)
+                moved[field.name] = of_tensor(value)
             elif isinstance(value, PackedSequences):
-                moved[field.name] = value.to(device)
+                moved[field.name] = of_packing(value)
         return replace(self, **moved)
+
+
+def total_counts(micro_batches: Sequence[MicroBatch]) -> list[int]:
+    """The sums of their `MicroBatch.counts`."""
+    return [sum(counts) for counts in zip(*(batch.counts() for batch in micro_batches), strict=True)]
 
 
 class TrainingBatches:
@@ -200,6 +216,7 @@ def collate(
         batch_positions=torch.tensor(batch_positions, dtype=torch.int64),
         num_sequences=len(drawn),
         num_tokens=sum(lengths) if drawn else 0,
+        squared_lengths=sum(length**2 for length in lengths) if drawn else 0,
     )
 
 

@@ -7,7 +7,6 @@ from dllm_jepa.jepa._losses import (
     LossWeight,
     StepSums,
     jepa_loss,
-    masked_token_loss,
     masked_token_weights,
 )
 from dllm_jepa.jepa._monitor import MONITOR_ROWS, CollapseMonitor, cosine_diversity, effective_rank
@@ -38,7 +37,6 @@ __all__ = [
     "identity_predictor",
     "is_jepa_step",
     "jepa_loss",
-    "masked_token_loss",
     "masked_token_weights",
     "mlp_predictor",
     "pool",

@@ -28,12 +28,23 @@ class GlobalCounts:
         masked_tokens: masked tokens of their context views.
         tokens: their tokens, padding excluded.
         processed_tokens: positions that the model processes, padding included.
+        squared_lengths: sum over the sequences of their squared lengths, padding excluded.
     """
 
     sequences: int
     masked_tokens: int
     tokens: int
     processed_tokens: int
+    squared_lengths: int
+
+    def sizes(self) -> dict[str, int]:
+        """What the work of a step grows with, padding excluded."""
+        return {
+            "tokens": self.tokens,
+            "squared_lengths": self.squared_lengths,
+            "scored": self.masked_tokens,
+            "sequences": self.sequences,
+        }
 
     def metrics(self) -> dict[str, float]:
         """What a run reports of them; `padding` is a fraction in [0, 1) of the processed tokens."""
@@ -43,19 +54,6 @@ class GlobalCounts:
             "sequences": self.sequences,
             "padding": 1 - self.tokens / self.processed_tokens,
         }
-
-
-def masked_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each masked token, in fp32.
-
-    Args:
-        logits: [n, V], scores of the masked tokens.
-        labels: int64 [n], the clean tokens.
-
-    Returns:
-        fp32 [n], -log p(x0_i | context view).
-    """
-    return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def masked_token_weights(
@@ -132,7 +130,7 @@ class StepSums:
         Args:
             diffusion_loss: scalar, its part of L_diff.
             alignment_loss: scalar, its part of L_jepa.
-            token_loss: fp32 [n], see `masked_token_loss`.
+            token_loss: fp32 [n], -log p(x0_i | context view) of each masked token.
             sequence_of_masked: int64 [n].
             mask_ratio: fp32 [S].
             num_masked: int64 [S].
@@ -146,26 +144,23 @@ class StepSums:
         bands.index_add_(1, band, torch.stack((sequence_loss, torch.ones_like(sequence_loss))))
         self.values += torch.cat((torch.stack((diffusion_loss.detach(), alignment_loss.detach())), bands.flatten()))
 
-    @staticmethod
-    def read(values: Tensor, *, jepa_weight: float, penalty: float) -> dict[str, float]:
-        """The losses of the global batch.
+    def losses(self, *, jepa_weight: float, penalty: Tensor | float = 0.0) -> dict[str, Tensor]:
+        """The losses of the global batch, once `values` is summed over all ranks; nothing waits for the device.
 
         Args:
-            values: `values` summed over all ranks.
             jepa_weight: lambda.
             penalty: value of the L2 anchor.
 
         Returns:
-            `loss`, `diffusion_loss`, `jepa_loss`, and `diffusion_loss_{low}_{high}` (mean over the sequences of their
-            mean masked-token loss) for each mask-ratio band with sequences.
+            fp32 scalars: `loss`, `diffusion_loss`, `jepa_loss`, and `diffusion_loss_{low}_{high}` (mean over the
+            sequences of their mean masked-token loss) for each mask-ratio band; NaN for a band without sequences.
         """
-        diffusion, alignment, *bands = values.tolist()
+        diffusion, alignment, *bands = self.values.unbind()
         losses = {
             "loss": diffusion + jepa_weight * alignment + penalty,
             "diffusion_loss": diffusion,
             "jepa_loss": alignment,
         }
         for band, (total, count) in enumerate(zip(bands[:NUM_BANDS], bands[NUM_BANDS:], strict=True)):
-            if count:
-                losses[f"diffusion_loss_{band / NUM_BANDS:.1f}_{(band + 1) / NUM_BANDS:.1f}"] = total / count
+            losses[f"diffusion_loss_{band / NUM_BANDS:.1f}_{(band + 1) / NUM_BANDS:.1f}"] = total / count
         return losses

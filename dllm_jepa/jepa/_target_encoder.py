@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torchao.float8.float8_linear import Float8Linear
 
 from dllm_jepa.jepa._pooling import pool
 from dllm_jepa.jepa._stochastic_rounding import stochastic_lerp_
@@ -86,7 +87,7 @@ class EMATargetEncoder:
 
 
 def ema_target_encoder(
-    backbone: nn.Module, *, ema_decay: float = 0.996, dtype: Literal["fp32", "bf16"] = "fp32"
+    backbone: nn.Module, *, ema_decay: float = 0.996, dtype: Literal["fp32", "bf16"] = "fp32", float8: bool = False
 ) -> EMATargetEncoder:
     """The paper's target encoder.
 
@@ -94,12 +95,20 @@ def ema_target_encoder(
         backbone: see `EMATargetEncoder`; its parameters are of `dtype`.
         ema_decay: tau in [0, 1).
         dtype: type of the average. bf16 takes half the memory and is rounded stochastically.
+        float8: linear layers of the backbone compute in float8 (`models.use_float8`); the average stays in `dtype`.
 
     Raises:
-        ValueError: if a parameter is not of `dtype`, and see `EMATargetEncoder`.
+        ValueError: if a parameter is not of `dtype`, or the backbone does not compute as `float8` says, and see
+            `EMATargetEncoder`.
 
     Source: DLLM-JEPA, arXiv 2606.00091.
     """
     if wrong := {str(param.dtype) for param in backbone.parameters() if param.dtype != _DTYPES[dtype]}:
         raise ValueError(f"a target encoder with dtype {dtype} got parameters of {', '.join(sorted(wrong))}")
+    if float8 != any(isinstance(module, Float8Linear) for module in backbone.modules()):
+        computes = "does not compute" if float8 else "computes"
+        raise ValueError(
+            f"a target encoder with float8 {float8} got a backbone that {computes} in float8: models.use_float8 "
+            "converts it, before it is compiled and sharded"
+        )
     return EMATargetEncoder(backbone, ema_decay=ema_decay)

@@ -25,11 +25,11 @@ from torchtune.config import instantiate
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
 
-from dllm_jepa.jepa import GlobalCounts, ViewSampler, jepa_loss, masked_token_loss, masked_token_weights, pool
+from dllm_jepa.jepa import GlobalCounts, ViewSampler, jepa_loss, masked_token_weights, pool
 from dllm_jepa.memory._live_storages import LiveStorages
 from dllm_jepa.memory._optimizer import optimizer_step_bytes
 from dllm_jepa.memory._parts import DTYPES, build_parts
-from dllm_jepa.models import Backbone, MaskedDiffusionLM
+from dllm_jepa.models import Backbone, MaskedDiffusionLM, set_packed_attention
 from dllm_jepa.packing import PackedSequences
 
 _DRAWS = 1000
@@ -50,21 +50,24 @@ class _FusedRMSNorm(torch.autograd.Function):
 
 
 class _LikeCUDA(TorchFunctionMode):
-    """Lets fake CPU tensors take the paths of CUDA tensors, which without a CUDA build of torch have no autograd."""
+    """Lets fake CPU tensors be normalized as CUDA tensors, which without a CUDA build of torch have no autograd."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
-            return True
         if func is F.rms_norm and kwargs.get("weight") is None:
             return _FusedRMSNorm.apply(args[0])  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
-def _run_like_cuda(backbone: Backbone) -> None:
-    """Put layers and norm under `_LikeCUDA`: each on its own, for a mode around a whole backward is off inside it."""
+def _run_like_cuda(backbone: Backbone, compute_dtype: torch.dtype) -> None:
+    """Give attentions a kernel of GPUs, and put layers and norm under `_LikeCUDA`.
+
+    Each on its own, for a mode around a whole backward is off inside it.
+    """
+    if compute_dtype == torch.bfloat16:
+        set_packed_attention(backbone, "varlen")  # flex attention keeps and allocates the same
 
     def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -111,8 +114,8 @@ def micro_batch_peak(cfg: DictConfig, num_gpus: int, *, with_logits: bool) -> in
             _put_fakes(module, compute_dtype if sharded else dtype, compute_dtype)
             _prepare_gradients(module, update_bytes=update_bytes)
         if cfg.device == "cuda":
-            _run_like_cuda(model.backbone)
-            _run_like_cuda(target.backbone)
+            _run_like_cuda(model.backbone, compute_dtype)
+            _run_like_cuda(target.backbone, compute_dtype)
         if cfg.enable_activation_checkpointing:
             set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
         shape = (1, sum(lengths)) if cfg.packed else (number, length)
@@ -159,24 +162,27 @@ def _run(
             hidden = target.backbone(tokens, mask=batch.mask, input_pos=tokens)
             embedded = pool(hidden, tokens, size, layer_norm=norm)
             del hidden
+    counts = GlobalCounts(size, max(len(batch.masked), 1), tokens.numel(), tokens.numel(), tokens.numel())
+    per_sequence = torch.ones(size, dtype=torch.int64)
+    weights = masked_token_weights(
+        cfg.loss_weight,
+        counts,
+        sequence_of_masked=batch.masked,
+        mask_ratio=per_sequence.float(),
+        num_masked=per_sequence,
+        num_maskable=per_sequence,
+    )
+    scored: dict[str, Any] = {
+        "logits_at": batch.masked,
+        "labels": batch.masked,
+        "token_weights": weights,
+        "chunk_tokens": cfg.logits_chunk_tokens,
+    }
     with autocast():
-        hidden, logits = model(
-            tokens, attention_mask=batch.mask, input_pos=tokens, logits_at=batch.masked if with_logits else None
+        hidden, token_losses = model(
+            tokens, attention_mask=batch.mask, input_pos=tokens, **(scored if with_logits else {})
         )
-    counts = GlobalCounts(size, max(len(batch.masked), 1), tokens.numel(), tokens.numel())
-    losses = []
-    if logits is not None:
-        token_loss = masked_token_loss(logits, batch.masked)
-        per_sequence = torch.ones(size, dtype=torch.int64)
-        weights = masked_token_weights(
-            cfg.loss_weight,
-            counts,
-            sequence_of_masked=batch.masked,
-            mask_ratio=per_sequence.float(),
-            num_masked=per_sequence,
-            num_maskable=per_sequence,
-        )
-        losses.append((weights * token_loss).sum())
+    losses = [] if token_losses is None else [token_losses.weighted_sum]
     if predictor is not None:
         pooled = pool(hidden, tokens, size, layer_norm=norm)
         with autocast():

@@ -39,7 +39,7 @@ class MemoryTable:
         anchor: the copy of the initial weights that `l2_anchor_weight` needs.
         gathered: weights that FSDP holds gathered, and gradients that it has not reduced yet.
         activations: all that comes and goes within a micro-batch, without the head and its loss.
-        logits: what the head and its loss add to the peak.
+        logits: what the head and its loss add to the peak: a chunk of logits, and the head's gradient.
         optimizer_step: temporaries of the optimizer's step, when activations and gathered weights are gone; with the
             optimizer in the backward pass they are among the activations.
     """
@@ -142,7 +142,8 @@ def _gathered_bytes(cfg: DictConfig, model: MaskedDiffusionLM, predictor: nn.Mod
     """What FSDP holds besides the shards, in the compute type; an upper bound.
 
     The root's own weights (embedding and norm) through the whole micro-batch; of the layers the one at work and the
-    next; and of the unit for which that is most, its gradient with the fp32 copy that is sent.
+    next; and of the unit for which that is most, its gradient with the fp32 copy that is sent. With that of the head or
+    the predictor come its weights, too: the head's are gathered from the last layer's forward to that layer's backward.
     """
     layers = [list(layer.parameters()) for layer in model.backbone.layers]
     others = [list(module.parameters()) for module in (model.head, predictor) if module is not None]

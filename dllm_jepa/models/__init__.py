@@ -1,14 +1,18 @@
 """Backbones of masked diffusion language models: single-device maths, weight names and tokenizers."""
 
 from dllm_jepa.models._families import FAMILIES, Family
+from dllm_jepa.models._float8 import use_float8
+from dllm_jepa.models._flops import step_flops
 from dllm_jepa.models._hf_reader import HFCheckpoint, load_hf
 from dllm_jepa.models._hf_writer import SHARD_BYTES, save_hf
 from dllm_jepa.models._init import InitialWeights
+from dllm_jepa.models._linear_cross_entropy import TokenLosses, linear_cross_entropy
 from dllm_jepa.models._lora import LoRAWeights, adapted_modules, add_lora, is_adapter
 from dllm_jepa.models._lora_settings import LoRASettings
 from dllm_jepa.models._masked_diffusion_lm import Backbone, MaskedDiffusionLM, TransformerSizes, init_rope
 from dllm_jepa.models._merge import merged_weights, save_merged
 from dllm_jepa.models._model_card import model_card
+from dllm_jepa.models._packed_attention import choose_packed_attention, set_packed_attention
 from dllm_jepa.models._peft import (
     OpenedAdapter,
     is_adapter_directory,
@@ -29,13 +33,16 @@ __all__ = [
     "LoRAWeights",
     "MaskedDiffusionLM",
     "OpenedAdapter",
+    "TokenLosses",
     "Tokenizer",
     "TransformerSizes",
     "adapted_modules",
     "add_lora",
+    "choose_packed_attention",
     "init_rope",
     "is_adapter",
     "is_adapter_directory",
+    "linear_cross_entropy",
     "load_adapter",
     "load_hf",
     "merged_weights",
@@ -43,5 +50,8 @@ __all__ = [
     "save_adapter",
     "save_hf",
     "save_merged",
+    "set_packed_attention",
+    "step_flops",
     "tokenizer_builder",
+    "use_float8",
 ]

@@ -4,10 +4,11 @@ Shape legend: B rows, T tokens of a row, N tokens of a packed row, D hidden, H q
 h head size, S packed sequences, L longest sequence of a bucket.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from torchtune.models.qwen2 import Qwen2RotaryPositionalEmbeddings
 from torchtune.modules import MultiHeadAttention, RMSNorm
 
@@ -17,6 +18,10 @@ from dllm_jepa.packing import PackedSequences
 AttentionMask = Tensor | PackedSequences | KVCache | None
 """None: every token sees its whole row. bool [B, T]: True at real tokens. `PackedSequences`: tokens see their own.
 `KVCache`: the fed tokens see their whole row, of which it keeps the rest; `input_pos` then says which are fed."""
+
+
+PackedAttention = Callable[[Tensor, Tensor, Tensor, PackedSequences], Tensor]
+"""Attention within each sequence of a packed row; arguments and result as of `bucketed_attention`."""
 
 
 class RotaryEmbedding(Qwen2RotaryPositionalEmbeddings):
@@ -43,10 +48,10 @@ class RotaryEmbedding(Qwen2RotaryPositionalEmbeddings):
             [B, T, heads, h], in the type of `x`.
         """
         cache = self.cache[: x.size(1)] if input_pos is None else self.cache[input_pos]
-        cos, sin = cache.unsqueeze(-2).chunk(2, dim=-1)  # [B or -, T, 1, h]
-        first, second = x.float().chunk(2, dim=-1)
-        rotated = torch.cat((-second, first), dim=-1)
-        return (x.float() * cos + rotated * sin).to(x.dtype)
+        cos, _, sin, _ = cache.unsqueeze(-2).chunk(4, dim=-1)  # [B or -, T, 1, h / 2]; both halves have the same angles
+        first, second = x.float().view(*x.shape[:-1], 2, -1).unbind(-2)
+        rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2)
+        return rotated.flatten(-2).to(x.dtype)
 
 
 class CastRMSNorm(RMSNorm):
@@ -55,40 +60,6 @@ class CastRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize over the last dimension; shape and type of `x` are kept."""
         return F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype) * self.scale
-
-
-class BidirectionalAttention(MultiHeadAttention):
-    """Multi-head attention in which every token of a sequence sees all of it; grouped key/value heads allowed."""
-
-    pos_embeddings: RotaryEmbedding
-
-    def forward(  # type: ignore[override]  # the mask may be more than a tensor
-        self, x: Tensor, y: Tensor | None = None, *, mask: AttentionMask = None, input_pos: Tensor | None = None
-    ) -> Tensor:
-        """Self-attention.
-
-        Args:
-            x: [B, T, D].
-            y: not used; part of the signature because torchtune's layer passes its input twice.
-            mask: see `AttentionMask`.
-            input_pos: int64 [B, T], position of each token in its sequence.
-
-        Returns:
-            [B, T, D].
-        """
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )  # [B, T, H or K, h]
-        q = self.pos_embeddings(q, input_pos=input_pos)
-        k = self.pos_embeddings(k, input_pos=input_pos)
-        if isinstance(mask, PackedSequences):
-            out = packed_attention(q[0], k[0], v[0], mask).unsqueeze(0)
-        elif isinstance(mask, KVCache):
-            out = padded_attention(q, *mask.update(self, k, v, input_pos), mask.key_mask)
-        else:
-            out = padded_attention(q, k, v, mask)
-        projected: Tensor = self.output_proj(out.flatten(-2))
-        return projected
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -112,11 +83,11 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -
     ).transpose(1, 2)
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: PackedSequences) -> Tensor:
-    """Bidirectional attention within each sequence of a packed row.
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it loops over lengths known on the host only
+def bucketed_attention(q: Tensor, k: Tensor, v: Tensor, packing: PackedSequences) -> Tensor:
+    """Bidirectional attention within each sequence of a packed row: the reference, on any device and in any type.
 
-    Half-precision tensors on a GPU take the variable-length kernel; everything else is the reference: padded calls
-    over buckets of similar length.
+    Padded calls over buckets of similar length.
 
     Args:
         q: [N, H, h].
@@ -127,23 +98,50 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: PackedSequences) 
     Returns:
         [N, H, h].
     """
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        bounds, longest = packing.cu_seqlens, packing.max_seqlen
-        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, enable_gqa=q.size(1) != k.size(1))
-    else:
-        out = _bucketed_attention(q, k, v, packing)
-    assert isinstance(out, Tensor), type(out)  # a pair only when the log-sum-exp is asked for
-    return out
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it loops over lengths known on the host only
-def _bucketed_attention(q: Tensor, k: Tensor, v: Tensor, packing: PackedSequences) -> Tensor:
+    if packing.is_even:
+        q, k, v = (heads.view(*packing.buckets[0].index.shape, *heads.shape[1:]) for heads in (q, k, v))
+        return padded_attention(q, k, v, None).flatten(0, 1)
     # index_select on flat rows: its backward is a plain row-wise add, many times faster on CPU than that of q[index].
     outs = []
     for bucket in packing.buckets:
-        rows = bucket.index.flatten()
+        index = bucket.index.flatten()
         q_rows, k_rows, v_rows = (
-            heads.flatten(1).index_select(0, rows).view(*bucket.index.shape, *heads.shape[1:]) for heads in (q, k, v)
+            heads.flatten(1).index_select(0, index).view(*bucket.index.shape, *heads.shape[1:]) for heads in (q, k, v)
         )  # [S, L, H or K, h]
         outs.append(padded_attention(q_rows, k_rows, v_rows, bucket.valid).flatten(0, 1))
     return torch.cat(outs).flatten(1).index_select(0, packing.bucket_positions).view_as(q)
+
+
+class BidirectionalAttention(MultiHeadAttention):
+    """Multi-head attention in which every token of a sequence sees all of it; grouped key/value heads allowed."""
+
+    pos_embeddings: RotaryEmbedding
+    packed_attention: PackedAttention = staticmethod(bucketed_attention)  # `choose_packed_attention` sets another
+
+    def forward(  # type: ignore[override]  # the mask may be more than a tensor
+        self, x: Tensor, y: Tensor | None = None, *, mask: AttentionMask = None, input_pos: Tensor | None = None
+    ) -> Tensor:
+        """Self-attention.
+
+        Args:
+            x: [B, T, D].
+            y: not used; part of the signature because torchtune's layer passes its input twice.
+            mask: see `AttentionMask`.
+            input_pos: int64 [B, T], position of each token in its sequence.
+
+        Returns:
+            [B, T, D].
+        """
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )  # [B, T, H or K, h]
+        q = self.pos_embeddings(q, input_pos=input_pos)
+        k = self.pos_embeddings(k, input_pos=input_pos)
+        if isinstance(mask, PackedSequences):
+            out = self.packed_attention(q[0], k[0], v[0], mask).unsqueeze(0)
+        elif isinstance(mask, KVCache):
+            out = padded_attention(q, *mask.update(self, k, v, input_pos), mask.key_mask)
+        else:
+            out = padded_attention(q, k, v, mask)
+        projected: Tensor = self.output_proj(out.flatten(-2))
+        return projected

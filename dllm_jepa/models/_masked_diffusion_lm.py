@@ -3,7 +3,10 @@
 Shape legend: B rows, T tokens of a row, D hidden, V vocabulary, n positions to score.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,14 @@ from torchtune.modules import FeedForward, TransformerSelfAttentionLayer
 
 from dllm_jepa.errors import ConfigError
 from dllm_jepa.models._attention import AttentionMask, BidirectionalAttention, CastRMSNorm, RotaryEmbedding
+from dllm_jepa.models._linear_cross_entropy import (
+    ChunkLoss,
+    Head,
+    TokenLosses,
+    chunk_loss,
+    compiled_chunk_loss,
+    linear_cross_entropy,
+)
 from dllm_jepa.models._lora_settings import LoRASettings
 from dllm_jepa.packing import PackedSequences
 
@@ -114,7 +125,8 @@ class MaskedDiffusionLM(nn.Module):
         self.shift_logits = shift_logits
         self.lora: LoRASettings | None = None  # set by `add_lora`
         self.backbone = Backbone(sizes, attn_bias=attn_bias)
-        self.head = None if sizes.tie_embeddings else nn.Linear(sizes.embed_dim, sizes.vocab_size, bias=False)
+        self.head = None if sizes.tie_embeddings else Head(sizes.embed_dim, sizes.vocab_size)
+        self._chunk_loss: ChunkLoss = chunk_loss
 
     def forward(
         self,
@@ -123,8 +135,11 @@ class MaskedDiffusionLM(nn.Module):
         attention_mask: AttentionMask = None,
         input_pos: Tensor | None = None,
         logits_at: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states of all tokens and logits of the chosen ones.
+        labels: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        chunk_tokens: int | None = None,
+    ) -> tuple[Tensor, Tensor | TokenLosses | None]:
+        """Hidden states of all tokens, and logits of the chosen ones or, with `labels`, their losses.
 
         Args:
             tokens: int64 [B, T].
@@ -136,10 +151,17 @@ class MaskedDiffusionLM(nn.Module):
             logits_at: int64 [n], flat positions b * T + i whose token is to be scored; None for no logits. A shifted
                 model has no hidden state before the first token of a sequence and scores it, as the published code
                 does, from its own. Where only some columns are fed, it needs the one before each that is scored.
+            labels: int64 [n], the right tokens at `logits_at`; None for logits instead of losses.
+            token_weights: fp32 [n], their weights in the loss; with `labels`.
+            chunk_tokens: most tokens to score at a time, at least 1: bounds the memory of the logits; with `labels`.
 
         Returns:
-            hidden [B, T, D] after the final norm, and logits [n, V] or None.
+            hidden [B, T, D] after the final norm, and logits [n, V], `TokenLosses` or None.
+
+        Raises:
+            ValueError: if `labels` come without what they need.
         """
+        loss = None if labels is None else self._loss(logits_at, labels, token_weights, chunk_tokens)
         mask = attention_mask.bool() if isinstance(attention_mask, Tensor) else attention_mask
         if isinstance(mask, PackedSequences) and input_pos is None:
             input_pos = _packed_positions(mask, tokens.size(1))
@@ -148,7 +170,7 @@ class MaskedDiffusionLM(nn.Module):
             return hidden, None
         if self.shift_logits:
             logits_at = logits_at - (~_is_first(tokens, attention_mask))[logits_at].long()
-        return hidden, self._score(hidden.flatten(0, 1)[logits_at])
+        return hidden, self._score(hidden.flatten(0, 1)[logits_at], loss)
 
     def token_logits(self, tokens: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
         """Logits of every token: for generation, likelihoods and tests, never for training.
@@ -185,11 +207,37 @@ class MaskedDiffusionLM(nn.Module):
                 f"max_seq_len={max_seq_len} is over the model's context of {self.sizes.max_seq_len} tokens: lower it"
             )
 
-    def _score(self, hidden: Tensor) -> Tensor:
-        if self.head is None:
-            return F.linear(hidden, self.backbone.tok_embeddings.weight)
-        logits: Tensor = self.head(hidden)
-        return logits
+    @property
+    def units(self) -> list[nn.Module]:
+        """What a sharded model gathers piece by piece, in the order of use: the layers, and the head if there is one."""
+        return [*self.backbone.layers, *([] if self.head is None else [self.head])]
+
+    def compile_loss(self) -> None:
+        """Compile what turns logits into losses and their gradient, as `compile_model` of torchtune does the layers."""
+        self._chunk_loss = compiled_chunk_loss()
+
+    def _loss(
+        self, logits_at: Tensor | None, labels: Tensor, token_weights: Tensor | None, chunk_tokens: int | None
+    ) -> Callable[[Tensor, Tensor], TokenLosses]:
+        """The loss as a function of hidden states and the head's weight."""
+        needed = {"logits_at": logits_at, "token_weights": token_weights, "chunk_tokens": chunk_tokens}
+        missing = [name for name, value in needed.items() if value is None]
+        if token_weights is None or chunk_tokens is None or missing:
+            raise ValueError(f"labels come with {', '.join(needed)}; missing: {', '.join(missing)}")
+        return partial(
+            linear_cross_entropy,
+            labels=labels,
+            token_weights=token_weights,
+            chunk_tokens=chunk_tokens,
+            chunk_loss=self._chunk_loss,
+        )
+
+    def _score(self, hidden: Tensor, loss: Callable[[Tensor, Tensor], TokenLosses] | None) -> Tensor | TokenLosses:
+        if self.head is not None:
+            scores: Tensor | TokenLosses = self.head(hidden, loss)
+            return scores
+        weight = self.backbone.tok_embeddings.weight
+        return F.linear(hidden, weight) if loss is None else loss(hidden, weight)
 
 
 def init_rope(module: nn.Module) -> None:
@@ -200,6 +248,13 @@ def init_rope(module: nn.Module) -> None:
     for submodule in module.modules():
         if isinstance(submodule, RotaryEmbedding):
             submodule.reset()
+
+
+class _Layer(TransformerSelfAttentionLayer):
+    """A layer that is compiled for any number of rows and tokens: in training nearly every batch has its own."""
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        super().compile(*args, **{"dynamic": True, **kwargs})
 
 
 def _build_layer(sizes: TransformerSizes, rope: RotaryEmbedding, attn_bias: bool) -> TransformerSelfAttentionLayer:
@@ -223,7 +278,7 @@ def _build_layer(sizes: TransformerSizes, rope: RotaryEmbedding, attn_bias: bool
         down_proj=nn.Linear(sizes.mlp_dim, dim, bias=False),
         up_proj=nn.Linear(dim, sizes.mlp_dim, bias=False),
     )
-    return TransformerSelfAttentionLayer(
+    return _Layer(
         attn, mlp, sa_norm=CastRMSNorm(dim, eps=sizes.norm_eps), mlp_norm=CastRMSNorm(dim, eps=sizes.norm_eps)
     )
 

@@ -1,13 +1,12 @@
 """Machinery of a training run. It knows nothing of the method, and never receives a recipe or its config."""
 
 from dllm_jepa.training._facts import compare_facts, run_facts
-from dllm_jepa.training._guards import check_finite
 from dllm_jepa.training._lock import locked
 from dllm_jepa.training._optimizer_in_bwd import OptimizerInBackward
-from dllm_jepa.training._progress import MetricLogger, RunLog
+from dllm_jepa.training._progress import MetricLogger, RunLog, build_metric_logger, build_profiler
 from dllm_jepa.training._ranks import Ranks
 from dllm_jepa.training._run_directory import RunDirectory
-from dllm_jepa.training._schedules import cosine_with_warmup
+from dllm_jepa.training._schedules import build_lr_scheduler, cosine_with_warmup
 from dllm_jepa.training._sharding import full_tensor, full_tensors, materialize, shard
 from dllm_jepa.training._signals import STOPPED_EXIT_CODE, Stopped, StopSignals
 from dllm_jepa.training.checkpoint import (
@@ -32,8 +31,10 @@ __all__ = [
     "SavedCheckpoint",
     "StopSignals",
     "Stopped",
+    "build_lr_scheduler",
+    "build_metric_logger",
+    "build_profiler",
     "TrainingState",
-    "check_finite",
     "check_trained",
     "compare_facts",
     "cosine_with_warmup",

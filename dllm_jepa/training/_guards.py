@@ -11,7 +11,7 @@ _MAX_NAMED = 64
 
 
 def check_finite(step: int, values: Mapping[str, float], *, samples: Sequence[int], checkpoints: Path) -> None:
-    """Refuse to go on with a broken number; call before the optimizer.
+    """Refuse to go on with a broken number; call before anything is saved.
 
     Args:
         step: step number from 0.

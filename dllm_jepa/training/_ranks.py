@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -103,6 +103,14 @@ class Ranks:
         if self.mesh is not None:
             dist.all_reduce(values)
         return values
+
+    def sum_numbers(self, numbers: Sequence[int]) -> list[int]:
+        """Sums over all ranks of whole numbers that every rank gives; costs no synchronization with a GPU."""
+        if self.group is None:
+            return list(numbers)
+        values = torch.tensor(numbers)
+        dist.all_reduce(values, group=self.group)
+        return [int(value) for value in values]
 
     def largest(self, number: int) -> int:
         """The largest of a number that every rank gives; costs no synchronization with a GPU."""

@@ -4,6 +4,8 @@ Modules are built on the meta device, sharded, and only then given memory, so th
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,32 +20,70 @@ ReadWeight = Callable[[str, slice | None], Tensor]
 """Reads a weight by parameter name, whole or only some of its rows, to CPU."""
 
 
-def shard(module: nn.Module, units: Iterable[nn.Module], ranks: Ranks, compute_dtype: torch.dtype) -> nn.Module:
+def shard(
+    module: nn.Module,
+    units: Iterable[nn.Module],
+    ranks: Ranks,
+    compute_dtype: torch.dtype,
+    *,
+    kept: nn.Module | None = None,
+) -> nn.Module:
     """Shard a module over the ranks with FSDP2, in place; nothing for one process.
 
-    Gradients are summed over ranks, not averaged: our losses are local sums over global counts.
+    Gradients are summed over ranks, not averaged: our losses are local sums over global counts. While a unit is at
+    work, the next one is gathered.
 
     Args:
         module: module, on the meta device.
         units: submodules that are gathered on their own, in the order of use.
         ranks: the ranks.
         compute_dtype: type in which weights are gathered and used. Gradients are reduced in fp32.
+        kept: the last of `units`, if it is to stay gathered from its forward to its backward, which come one after the
+            other; every forward with gradient has to use it.
 
     Raises:
         LaunchError: if a quantized weight cannot be divided by the number of ranks.
+        ValueError: if `kept` is not the last unit.
     """
+    units = [*units]
+    if kept is not None and (not units or units[-1] is not kept):
+        raise ValueError("kept: only the last of the units can stay gathered until its backward")
     if ranks.mesh is None:
         return module
     _check_quantized(module, ranks.mesh.size(-1))
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    # Inputs come in the compute type; what comes in fp32, as the weights of tokens, must not be rounded.
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in (*units, module):
         # Said explicitly because FSDP keeps a root gathered after its forward, and no backward frees the target's.
-        fully_shard(unit, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(unit, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=unit is not kept)
     for submodule in module.modules():
         if isinstance(submodule, FSDPModule):
             submodule.set_force_sum_reduction_for_comms(True)
             submodule.set_gradient_divide_factor(1.0)
+    _gather_ahead([module, *units], kept)
     return module
+
+
+def _gather_ahead(in_order: list[nn.Module], kept: nn.Module | None) -> None:
+    """Have each unit gather the next one, and the kept one only if a backward comes that frees it."""
+    for unit, following in pairwise(in_order):
+        assert isinstance(unit, FSDPModule) and isinstance(following, FSDPModule)
+        if following is not kept:
+            unit.set_modules_to_forward_prefetch([following])
+    if kept is None:
+        return
+    *_, last, head = in_order
+    assert isinstance(last, FSDPModule) and isinstance(head, FSDPModule)
+
+    def before_forward(*_: Any) -> None:
+        last.set_modules_to_forward_prefetch([head] if torch.is_grad_enabled() else [])
+
+    def after_head(*_: Any) -> None:
+        if not torch.is_grad_enabled():
+            head.reshard()
+
+    in_order[0].register_forward_pre_hook(before_forward, prepend=True)
+    kept.register_forward_hook(after_head)
 
 
 @torch.no_grad()

@@ -11,16 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dllm_jepa.jepa import EMATargetEncoder, _stochastic_rounding, ema_target_encoder, pool
+from dllm_jepa.models import use_float8
 
 
 class TinyBackbone(nn.Module):
     """[B, T] to [B, T, D], with dropout and with packing arguments that change the output."""
 
-    def __init__(self) -> None:
+    def __init__(self, embed_dim: int = 6) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(11, 6)
+        self.embedding = nn.Embedding(11, embed_dim)
         self.dropout = nn.Dropout(0.5)
-        self.out = nn.Linear(6, 6)
+        self.out = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, tokens: Tensor, *, mask: Tensor | None = None, input_pos: Tensor | None = None) -> Tensor:
         hidden: Tensor = self.out(self.dropout(self.embedding(tokens)))
@@ -227,3 +228,52 @@ def test_another_architecture_is_refused() -> None:
     online = nn.Sequential(*itertools.islice(TinyBackbone().children(), 1))
     with pytest.raises((ValueError, RuntimeError)):
         ema_target_encoder(TinyBackbone()).copy_from(online)
+
+
+def float8_pair(dtype: str) -> tuple[EMATargetEncoder, EMATargetEncoder]:
+    """The same average without float8 and with it."""
+    parameters = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    torch.manual_seed(0)
+    plain = TinyBackbone(embed_dim=32).to(parameters)
+    torch.manual_seed(0)
+    float8 = use_float8(TinyBackbone(embed_dim=32).to(parameters), emulate=True)
+    return ema_target_encoder(plain, dtype=dtype), ema_target_encoder(float8, dtype=dtype, float8=True)
+
+
+@pytest.mark.parametrize("online_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_float8_products_leave_the_average_as_it_is(dtype: str, online_dtype: torch.dtype) -> None:
+    """Bit for bit, over updates with forwards between them, under the same names."""
+    encoders = float8_pair(dtype)
+    for encoder in encoders:
+        torch.manual_seed(1)
+        online = TinyBackbone(embed_dim=32).to(online_dtype)
+        encoder.copy_from(online)
+        for average, param in zip(encoder.backbone.parameters(), online.parameters(), strict=True):
+            assert torch.equal(average, param.to(average.dtype))
+        for _ in range(3):
+            with torch.no_grad():
+                for param in online.parameters():
+                    param += 0.1 * torch.randn_like(param)
+            encoder.embed(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64), 1)
+            encoder.update(online)
+    plain, float8 = (encoder.tensors() for encoder in encoders)
+    assert [*float8] == [*plain]
+    assert all(torch.equal(float8[name], plain[name]) and float8[name].dtype == plain[name].dtype for name in plain)
+
+
+def test_float8_products_embed_nearly_the_same_and_without_gradient() -> None:
+    plain, float8 = float8_pair("fp32")
+    tokens, sequence_ids = torch.randint(0, 11, (2, 5)), torch.tensor([[0] * 5, [1] * 5])
+    expected, embedded = (encoder.embed(tokens, sequence_ids, 2) for encoder in (plain, float8))
+    assert embedded.dtype == torch.float32 and not embedded.requires_grad
+    assert not any(param.requires_grad for param in float8.backbone.parameters())
+    assert torch.cosine_similarity(embedded, expected, dim=-1).min() > 0.99
+    assert not torch.equal(embedded, expected)
+
+
+def test_the_builder_s_products_are_those_of_the_backbone() -> None:
+    with pytest.raises(ValueError, match="with float8 True got a backbone that does not compute in float8"):
+        ema_target_encoder(TinyBackbone(), float8=True)
+    with pytest.raises(ValueError, match="with float8 False got a backbone that computes in float8"):
+        ema_target_encoder(use_float8(TinyBackbone(embed_dim=32), emulate=True))

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import math
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +223,62 @@ def test_a_training_step_never_holds_logits_of_every_token(tmp_path: Path, famil
     with LargestTensor() as full:
         recipe.model.token_logits(batches[0].context)
     assert full.numel >= limit
+    recipe.cleanup.close()
+
+
+class Waits(TorchDispatchMode):
+    """Notes operations after which the host needs a number of the device, or a shape that depends on one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.is_on = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        by_mask = func is torch.ops.aten.index.Tensor and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if self.is_on and (by_mask or func.overloadpacket in WAITING):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        self.is_on = False
+        yield
+        self.is_on = True
+
+
+WAITING = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select}
+
+
+@pytest.mark.parametrize("overrides", [{}, {"shuffle_targets": True, "jepa_every": 2, "l2_anchor_weight": 0.1}])
+def test_between_logging_steps_nothing_waits_for_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any]
+) -> None:
+    """Padded rows, since the reference kernel of packed ones reads lengths; a fused optimizer, as GPU configs have."""
+    recipe = build_recipe(tmp_path, packed=False, max_steps=6, log_every_n_steps=3, optimizer__fused=True, **overrides)
+    waits, reads, flush, to_list = Waits(), [], recipe.log.flush, Tensor.tolist
+
+    def flush_aside() -> Any:
+        with waits.off():
+            return flush()
+
+    def noted(tensor: Tensor) -> Any:  # on the CPU it dispatches nothing
+        if threading.current_thread() is threading.main_thread() and waits.is_on:
+            reads.append(tuple(tensor.shape))
+        return to_list(tensor)
+
+    monkeypatch.setattr(recipe.log, "flush", flush_aside)
+    monkeypatch.setattr(Tensor, "tolist", noted)
+    with waits:
+        recipe.train()
+        assert waits.found == reads == []
+        # The guard can fail.
+        float(recipe.model.backbone.norm.scale.sum())
+        recipe.model.backbone.norm.scale.tolist()
+    assert waits.found == ["aten._local_scalar_dense.default"] and reads == [(16,)]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
     recipe.cleanup.close()
 
 
