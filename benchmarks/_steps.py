@@ -3,9 +3,10 @@
 Shape legend: B sequences, T tokens of a row, V vocabulary, D hidden, n masked tokens.
 """
 
+import argparse
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -106,6 +107,19 @@ class Setting:
     dtype: str = "fp32"
     logits_chunk_tokens: int = 0
     threads: int = 2
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        """Make every field an option."""
+        choices = {"device": ("cpu", "cuda"), "dtype": tuple(DTYPES)}
+        for field in fields(cls):
+            option = f"--{field.name.replace('_', '-')}"
+            parser.add_argument(option, type=field.type, default=field.default, choices=choices.get(field.name))
+
+    @classmethod
+    def from_options(cls, arguments: argparse.Namespace) -> "Setting":
+        """The setting that was asked for."""
+        return cls(**{field.name: getattr(arguments, field.name) for field in fields(cls)})
 
     @property
     def mask_id(self) -> int:

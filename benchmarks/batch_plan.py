@@ -17,11 +17,8 @@ Prints one JSON line a plan and tables last. Exit code 1 if a goal is missed.
 import argparse
 import json
 import math
-import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,9 +28,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from _machine import describe_machine
 from tqdm import tqdm
 
-from dllm_jepa import __version__
 from dllm_jepa.data import BatchPlan, SequenceDataset, django, gsm8k, nlrx, read_rows, regex_pairs, spider
 from dllm_jepa.errors import DataError, UserError
 from dllm_jepa.models import Tokenizer
@@ -180,16 +177,6 @@ def planning(count: int, ranks: int, sequences: int, arguments: argparse.Namespa
     }
 
 
-def machine() -> str:
-    """Versions, commit and hardware in one line."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    return (
-        f"dllm-jepa {__version__} (commit {commit}), numpy {np.__version__}, Python {platform.python_version()}, "
-        f"{platform.machine()}, {os.cpu_count()} CPUs"
-    )
-
-
 def sources(arguments: argparse.Namespace) -> Iterator[tuple[str, IntArray]]:
     """Names and lengths to plan."""
     tokenizer = tiny_tokenizer() if arguments.model is None else open_model(arguments.model).tokenizer()
@@ -272,8 +259,8 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"batch_plan.py: {error}")
     print(
-        f"\n{machine()}; micro-batches of {arguments.tokens_per_device:,} tokens; {planning_gib:.2f} GiB for planning "
-        f"{arguments.planned:,} sequences\n"
+        f"\n{describe_machine('cpu', f'numpy {np.__version__}')}; micro-batches of {arguments.tokens_per_device:,} "
+        f"tokens; {planning_gib:.2f} GiB for planning {arguments.planned:,} sequences\n"
     )
     print_tables(plans, rows)
     slowest = max(row["construction_seconds"] + row["first_step_seconds"] for row in plans)

@@ -10,8 +10,6 @@ measurement and a table last.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _machine import describe_machine, forget_peak, resident
 
-from dllm_jepa import __version__
 from dllm_jepa.export import export_checkpoint
 from dllm_jepa.jepa import ema_target_encoder
 from dllm_jepa.models.llada import llada
@@ -92,16 +90,9 @@ def peak_of_export(checkpoint: Path, folder: Path, shard_bytes: int) -> int:
 
 def export_and_print_peak(checkpoint: str, out: str, shard_bytes: str) -> None:
     """The process that `peak_of_export` starts."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of the imports
-    before = memory("VmRSS")
+    before = forget_peak()  # the peak so far is that of the imports
     export_checkpoint(Path(checkpoint), Path(out), shard_bytes=int(shard_bytes))
-    print(memory("VmHWM") - before)
-
-
-def memory(field: str) -> int:
-    """Resident size of this process now (VmRSS) or at its peak (VmHWM), bytes."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+    print(resident("VmHWM") - before)
 
 
 def main() -> None:
@@ -131,10 +122,7 @@ def main() -> None:
         peak = peak_of_export(checkpoint.path, folder / "hf", shard_bytes)
         shards = sorted(file.stat().st_size for file in (folder / "hf").glob("*.safetensors"))
     print(json.dumps({"parameters": num_params, "bytes_on_disk": on_disk, "export_peak": peak, "shards": shards}))
-    print(
-        f"\ndllm-jepa {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{platform.machine()}, {os.cpu_count()} CPUs; {num_params / 1e6:.1f} M parameters, AdamW and EMA in fp32\n"
-    )
+    print(f"\n{describe_machine()}; {num_params / 1e6:.1f} M parameters, AdamW and EMA in fp32\n")
     print("| | |\n|---|---|")
     print(f"| stall of an asynchronous save / of a synchronous one | {seconds['async'] / seconds['sync']:.3f} |")
     print(f"| stall of an asynchronous save / copy of all tensors | {seconds['async'] / seconds['copy']:.2f} |")

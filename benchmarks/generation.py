@@ -9,18 +9,15 @@ end of text or turn. Prints one JSON line a mode and a table last.
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from _machine import describe_machine
 
-from dllm_jepa import __version__
 from dllm_jepa.data import format_prompt, generate_regex_pairs
 from dllm_jepa.evals import nlrx, wilson_interval
 from dllm_jepa.generation import Decoding, Generation, llada_decoding
@@ -109,17 +106,6 @@ def measure(
     }
 
 
-def machine(device: torch.device) -> str:
-    """Versions, commit and hardware in one line."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
-    return (
-        f"dllm-jepa {__version__} (commit {commit}), torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads{gpu}"
-    )
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -147,7 +133,8 @@ def main() -> None:
     rows = [measure(name, decodings[name], runs[name], items, tokenizer) for name in decodings]
     for row in rows:
         print(json.dumps(row))
-    print(f"\n{machine(device)}; {arguments.items} items, batches of {arguments.batch_size}, {lengths}\n")
+    machine = describe_machine(device.type, f"{torch.get_num_threads()} threads")
+    print(f"\n{machine}; {arguments.items} items, batches of {arguments.batch_size}, {lengths}\n")
     print("| mode | tokens/s | against one by one | passes per item | functional match, 95 % interval |")
     print("|---|---|---|---|---|")
     for row in rows:

@@ -10,16 +10,14 @@ make the spread of the difference less than ten times smaller.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 from pathlib import Path
 
 import torch
+from _machine import describe_machine
 from tqdm import tqdm
 
-from dllm_jepa import __version__
 from dllm_jepa.evals import heldout_task
 from dllm_jepa.models import MaskedDiffusionLM, Tokenizer
 from dllm_jepa.trained_model import open_model
@@ -68,8 +66,7 @@ def main() -> None:
     ratio = statistics.stdev(independent) / statistics.stdev(shared)
 
     print(
-        f"\ndllm-jepa {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{platform.machine()}, {os.cpu_count()} CPUs; {arguments.seeds} seeds, up to {arguments.max_items} chunks of "
+        f"\n{describe_machine()}; {arguments.seeds} seeds, up to {arguments.max_items} chunks of "
         f"{arguments.chunk_tokens} tokens, {arguments.num_strata} strata\n"
     )
     print("| masks | mean difference B - A, nats per token | standard deviation over seeds |\n|---|---|---|")

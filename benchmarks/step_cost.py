@@ -26,12 +26,12 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from _machine import call_alone, describe_machine, forget_peak, resident
-from _steps import ARMS, DTYPES, Setting, Trainer
+from _steps import ARMS, Setting, Trainer
 
 WARM_UP = 3  # steps of every arm that are not timed
 
@@ -123,10 +123,7 @@ def ratio_lines(rows: Mapping[str, Mapping[str, Any]], *, checkpointing: bool) -
 def read_arguments(words: list[str]) -> tuple[Setting, argparse.Namespace]:
     """The setting, each field an option, and what is to be done with it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = {"device": ("cpu", "cuda"), "dtype": tuple(DTYPES)}
-    for field in fields(Setting):
-        option = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(option, type=field.type, default=field.default, choices=choices.get(field.name))
+    Setting.add_options(parser)
     parser.add_argument("--steps", type=int, default=30, help="timed steps of every arm")
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all that the device can run")
     parser.add_argument("--checkpointing", choices=("off", "on", "both"), default="both")
@@ -137,7 +134,7 @@ def read_arguments(words: list[str]) -> tuple[Setting, argparse.Namespace]:
     arguments.arms = arguments.arms or runs
     for name in {*arguments.arms, *filter(None, [arguments.profile])} - {*runs}:
         parser.error(f"{name} needs --device cuda: a CPU emulates float8, and its time says nothing; leave the arm out")
-    return Setting(**{field.name: getattr(arguments, field.name) for field in fields(Setting)}), arguments
+    return Setting.from_options(arguments), arguments
 
 
 def main(words: list[str]) -> None:

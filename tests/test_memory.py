@@ -268,6 +268,19 @@ def test_logits_are_those_of_the_highest_ratio() -> None:
     assert drawn.logits == pytest.approx(high.logits, rel=0.02)
 
 
+def test_logits_are_bounded_by_the_tokens_of_a_chunk() -> None:
+    """Beside the head's gradient, which is made in any case."""
+    wide = ("model.vocab_size=16384", "model.embed_dim=16", "model.num_heads=2", "model.mlp_dim=16")
+    few, more, whole = (
+        step_memory(config(*wide, f"tokens_per_device={tokens}", f"logits_chunk_tokens={chunk}")).logits
+        for tokens, chunk in ((1024, 64), (2048, 64), (2048, 4096))
+    )
+    gradient, number = 4 * 16384 * 16, 4 * 16384
+    assert few == pytest.approx(more, abs=2 * number)
+    assert 64 * number < more < 65 * number + 2 * gradient
+    assert whole - more > 100 * number
+
+
 def test_the_optimizer_in_the_backward_pass_keeps_one_gradient() -> None:
     both = [config(f"optimizer_in_bwd={on}", "clip_grad_norm=null") for on in (False, True)]
     kept, fused = map(step_memory, both)

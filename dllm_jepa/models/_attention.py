@@ -98,18 +98,17 @@ def bucketed_attention(q: Tensor, k: Tensor, v: Tensor, packing: PackedSequences
     Returns:
         [N, H, h].
     """
-    if packing.is_even:
-        q, k, v = (heads.view(*packing.buckets[0].index.shape, *heads.shape[1:]) for heads in (q, k, v))
-        return padded_attention(q, k, v, None).flatten(0, 1)
-    # index_select on flat rows: its backward is a plain row-wise add, many times faster on CPU than that of q[index].
     outs = []
     for bucket in packing.buckets:
-        index = bucket.index.flatten()
-        q_rows, k_rows, v_rows = (
-            heads.flatten(1).index_select(0, index).view(*bucket.index.shape, *heads.shape[1:]) for heads in (q, k, v)
-        )  # [S, L, H or K, h]
-        outs.append(padded_attention(q_rows, k_rows, v_rows, bucket.valid).flatten(0, 1))
-    return torch.cat(outs).flatten(1).index_select(0, packing.bucket_positions).view_as(q)
+        # An even row needs no copies. Else index_select on flat rows: its backward is a plain row-wise add, many times
+        # faster on CPU than that of q[index].
+        flat = (h if packing.is_even else h.flatten(1).index_select(0, bucket.index.flatten()) for h in (q, k, v))
+        q_rows, k_rows, v_rows = (h.view(*bucket.index.shape, -1, q.size(-1)) for h in flat)  # [S, L, H or K, h]
+        outs.append(padded_attention(q_rows, k_rows, v_rows, bucket.valid).flatten(2).flatten(0, 1))
+    rows = torch.cat(outs)  # a copy even of one: compiled layers would be compiled again for another kind of view
+    if not packing.is_even:
+        rows = rows.index_select(0, packing.bucket_positions)
+    return rows.view_as(q)
 
 
 class BidirectionalAttention(MultiHeadAttention):

@@ -81,7 +81,6 @@ def chunk_loss(logits: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
     exps = scores.sub_(highest).exp_()
     total = exps.sum(1, keepdim=True)
     label_log_prob = label_score - total.log()
-    # expm1 is p - 1 without the cancellation where p is near 1.
     gradient = exps.mul_(weights / total).scatter_(1, at_label, weights * label_log_prob.expm1())
     logits.copy_(gradient)
     return -label_log_prob.squeeze(1)

@@ -209,7 +209,7 @@ class MaskedDiffusionLM(nn.Module):
 
     @property
     def units(self) -> list[nn.Module]:
-        """What a sharded model gathers piece by piece, in the order of use: the layers, and the head if there is one."""
+        """What a sharded model gathers one by one, in the order of use: the layers, and the head if there is one."""
         return [*self.backbone.layers, *([] if self.head is None else [self.head])]
 
     def compile_loss(self) -> None:

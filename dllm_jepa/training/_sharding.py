@@ -35,7 +35,7 @@ def shard(
 
     Args:
         module: module, on the meta device.
-        units: submodules that are gathered on their own, in the order of use.
+        units: submodules that are gathered on their own, in the order of use; all but `kept` in every forward.
         ranks: the ranks.
         compute_dtype: type in which weights are gathered and used. Gradients are reduced in fp32.
         kept: the last of `units`, if it is to stay gathered from its forward to its backward, which come one after the

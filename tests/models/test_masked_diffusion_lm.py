@@ -1,9 +1,12 @@
 """The model contract: packed rows, chosen logits, the shift, tied heads, sizes."""
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from dllm_jepa.models import MaskedDiffusionLM
+from dllm_jepa.models import LoRASettings, MaskedDiffusionLM, TokenLosses, add_lora
 from dllm_jepa.models.dream import dream, dream_7b
 from dllm_jepa.models.llada import llada, llada_8b
 from dllm_jepa.packing import PackedSequences
@@ -101,3 +104,86 @@ def test_row_over_the_context_is_refused(model: MaskedDiffusionLM) -> None:
 def test_sizes_that_do_not_fit(change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         llada(**(SIZES | change))
+
+
+# Losses in chunks
+
+
+def asked(n: int = 7) -> dict[str, Any]:
+    """What a model [2, 6] is asked for: losses of `n` of 12 tokens."""
+    generator = torch.Generator().manual_seed(n)
+    return {
+        "logits_at": torch.randperm(12, generator=generator)[:n],
+        "labels": torch.randint(0, 50, (n,), generator=generator),
+        "token_weights": torch.rand(n, generator=generator, dtype=torch.float64),
+        "chunk_tokens": 3,
+    }
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("tied", [False, True], ids=["own", "tied"])
+@pytest.mark.parametrize("build", [llada, dream])
+def test_losses_are_those_of_the_logits(build: Any, tied: bool, adapters: bool) -> None:
+    """With their gradients, the shift of Dream, and a frozen head beside adapters."""
+    torch.manual_seed(0)
+    model: MaskedDiffusionLM = build(**SIZES, tie_embeddings=tied)
+    if adapters:
+        add_lora(model, LoRASettings(["q_proj"], apply_to_mlp=False, rank=2, alpha=4.0))
+    model.double()
+    tokens, wanted = torch.randint(0, 50, (2, 6)), asked()
+    hidden, losses = model(tokens, **wanted)
+    assert isinstance(losses, TokenLosses)
+    (losses.weighted_sum + hidden.sum()).backward()
+    gradients = {name: param.grad for name, param in model.named_parameters()}
+    model.zero_grad()
+
+    hidden, logits = model(tokens, logits_at=wanted["logits_at"])
+    per_token = F.cross_entropy(logits, wanted["labels"], reduction="none")
+    weighted_sum = (wanted["token_weights"] * per_token).sum()
+    (weighted_sum + hidden.sum()).backward()
+    torch.testing.assert_close(losses.per_token, per_token.detach())
+    torch.testing.assert_close(losses.weighted_sum, weighted_sum)
+    for name, param in model.named_parameters():
+        assert (param.grad is None) == (gradients[name] is None) == (adapters and "lora" not in name), name
+        if param.grad is not None:
+            torch.testing.assert_close(gradients[name], param.grad, msg=name)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own", "tied"])
+def test_without_tokens_every_gradient_is_there(tied: bool) -> None:
+    model = llada(**SIZES, tie_embeddings=tied).double()
+    _, losses = model(torch.randint(0, 50, (2, 6)), **asked(0))
+    losses.weighted_sum.backward()
+    assert losses.weighted_sum == 0
+    assert all(param.grad is not None and not param.grad.any() for param in model.parameters())
+
+
+@pytest.mark.parametrize("missing", ["logits_at", "token_weights", "chunk_tokens"])
+def test_labels_without_what_they_need_are_refused(missing: str) -> None:
+    wanted = {name: value for name, value in asked().items() if name != missing}
+    with pytest.raises(
+        ValueError, match=f"labels come with logits_at, token_weights, chunk_tokens; missing: {missing}"
+    ):
+        llada(**SIZES)(torch.zeros(2, 6, dtype=torch.int64), **wanted)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own", "tied"])
+def test_a_compiled_loss_is_the_same(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = llada(**SIZES, tie_embeddings=tied).double()
+    tokens = torch.randint(0, 50, (2, 6))
+    eager = model(tokens, **asked())[1]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+    model.compile_loss()
+    compiled = model(tokens, **asked())[1]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch.testing.assert_close(compiled.per_token, eager.per_token)
+    torch.testing.assert_close(compiled.weighted_sum, eager.weighted_sum)
+
+
+def test_units_are_in_the_order_of_use() -> None:
+    own, tied = llada(**SIZES), llada(**SIZES, tie_embeddings=True)
+    assert own.units == [*own.backbone.layers, own.head]
+    assert tied.units == [*tied.backbone.layers]

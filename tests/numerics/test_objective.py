@@ -16,7 +16,6 @@ from dllm_jepa.jepa import (
     LossWeight,
     ViewSampler,
     jepa_loss,
-    masked_token_loss,
     masked_token_weights,
     pool,
     transformer_predictor,
@@ -81,21 +80,22 @@ def losses_by_library(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The same calls as a recipe; L_diff and L_jepa of each micro-batch in turn."""
     counts = GlobalCounts(
-        sum(batch.num_sequences for batch in micro_batches), sum(len(batch.labels) for batch in micro_batches), 1, 1
+        sum(batch.num_sequences for batch in micro_batches), sum(len(batch.labels) for batch in micro_batches), 1, 1, 1
     )
     for batch in micro_batches:
         packing = {"mask": batch.attention_mask, "input_pos": batch.input_pos}
         target = parts.target_encoder.embed(
             batch.target, batch.target_ids, batch.num_sequences, layer_norm=layer_norm, **packing
         )
-        hidden, logits = parts.model(
+        hidden, (diffusion, _) = parts.model(
             batch.context,
             attention_mask=batch.attention_mask,
             input_pos=batch.input_pos,
             logits_at=batch.masked_positions,
+            labels=batch.labels,
+            token_weights=masked_token_weights(loss_weight, counts, **batch.loss_counts()),
+            chunk_tokens=5,
         )
-        weights = masked_token_weights(loss_weight, counts, **batch.loss_counts())
-        diffusion = (weights * masked_token_loss(logits, batch.labels)).sum()
         pred = parts.predictor(pool(hidden, batch.context_ids, batch.num_sequences, layer_norm=layer_norm))
         yield diffusion, jepa_loss(target, pred, counts)
 

@@ -24,10 +24,11 @@ from dllm_jepa.training import Ranks, RunDirectory, StopSignals
 from tests.numerics.plain_loops import Parts, Sequence, assert_gradients_close, losses_by_hand, use_double_precision
 
 JEPA_WEIGHT = 0.5
+EMBED_DIM = 16
 FAMILIES = ["llada", "dream"]
 SMALL: dict[str, Any] = {
     "model.vocab_size": 2000,
-    "model.embed_dim": 16,
+    "model.embed_dim": EMBED_DIM,
     "model.num_layers": 2,
     "model.num_heads": 2,
     "model.num_kv_heads": 1,
@@ -182,12 +183,13 @@ def test_the_average_follows_the_weights_after_each_update(tmp_path: Path) -> No
     recipe.cleanup.close()
 
 
-class LargestTensor(TorchDispatchMode):
-    """Notes the largest result of any operation, and which operations there were."""
+class LargestTensors(TorchDispatchMode):
+    """Notes the largest result of any operation and the most rows of scores over the vocabulary; and the operations."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int) -> None:
         super().__init__()
-        self.numel, self.name, self.names = 0, "", set[str]()
+        self.vocab_size = vocab_size
+        self.numel, self.name, self.scored, self.names = 0, "", 0, set[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -195,34 +197,44 @@ class LargestTensor(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.numel() > self.numel:
                 self.numel, self.name = leaf.numel(), f"{func} {tuple(leaf.shape)}"
+            # [D, V] is the head's weight, transposed for its product.
+            if isinstance(leaf, Tensor) and leaf.shape[-1:] == (self.vocab_size,) and leaf.size(0) != EMBED_DIM:
+                self.scored = max(self.scored, leaf.numel() // self.vocab_size)
         return result
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_training_step_never_holds_logits_of_every_token(tmp_path: Path, family: str, packed: bool) -> None:
-    """No result of any operation, the backward's and the optimizer's included, has B * T * V numbers."""
+@pytest.mark.parametrize("context_ratio", [0.2, 0.95])
+def test_a_training_step_scores_a_chunk_of_masked_tokens_at_a_time(
+    tmp_path: Path, family: str, packed: bool, context_ratio: float
+) -> None:
+    """No result of any operation, the backward's and the optimizer's included, has B * T * V numbers, or more rows of
+    scores than `logits_chunk_tokens`, however many tokens are masked."""
     vocab_size: int = SMALL["model.vocab_size"]
+    views = {"context_ratio": context_ratio, "target_ratio": 0.97}
     recipe = build_recipe(
         tmp_path,
-        {"view_sampler": {"_component_": "dllm_jepa.jepa.fixed_ratio_views"}},
+        {"view_sampler": {"_component_": "dllm_jepa.jepa.fixed_ratio_views", **views}},
         model___component_=f"dllm_jepa.models.{family}.{family}",
         packed=packed,
         max_steps=2,
         monitor_every=1,
+        logits_chunk_tokens=5,
     )
     batches = [batch for step in range(2) for batch in recipe.batches.step(step)]
+    assert max(len(batch.labels) for batch in batches) > 5
     limit = min(batch.context.numel() for batch in batches) * vocab_size
-    with LargestTensor() as step:
+    with LargestTensors(vocab_size) as step:
         recipe.train()
     assert {"aten.embedding_dense_backward.default", "aten._foreach_lerp_.Scalar"} <= step.names
-    assert any("_log_softmax_backward" in name for name in step.names)
     assert step.numel < limit, step.name
+    assert step.scored == 5
 
     # The guard can fail: the logits of every token are seen.
-    with LargestTensor() as full:
+    with LargestTensors(vocab_size) as full:
         recipe.model.token_logits(batches[0].context)
-    assert full.numel >= limit
+    assert full.numel >= limit and full.scored == batches[0].context.numel()
     recipe.cleanup.close()
 
 
