@@ -118,7 +118,7 @@ def test_all_arms_share_their_weights(checkpointing: bool, monkeypatch: pytest.M
     compiled: list[nn.Module] = []
     losses: list[nn.Module] = []
     monkeypatch.setattr(steps, "compile_model", lambda module, verbose: compiled.append(module))
-    monkeypatch.setattr(MaskedDiffusionLM, "compile_loss", losses.append)
+    monkeypatch.setattr(MaskedDiffusionLM, "compile_loss", lambda model: losses.append(model))
     trainer = steps.Trainer(TINY, ARMS.values(), checkpointing=checkpointing)
     for model in trainer.models.values():
         assert all(ours is theirs for ours, theirs in zip(model.parameters(), trainer.model.parameters(), strict=True))

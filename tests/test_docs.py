@@ -364,8 +364,8 @@ def test_the_demo_is_described_as_it_is_configured() -> None:
 def test_the_table_of_metrics_has_what_a_run_writes(tmp_path: Path) -> None:
     rows = table_rows((REPOSITORY / "docs" / "recipes.md").read_text("utf-8"), "metrics.jsonl")
     documented = {name for row in rows for name in re.findall(r"`(\w[\w.]*)`", row[0])}
-    run = run_here(tmp_path / "run", "max_steps=2", "global_batch_size=40")
-    assert run[0].keys() | run[1].keys() | {"peak_memory_gib"} == documented
+    run = run_here(tmp_path / "run", "max_steps=2", "global_batch_size=40", "peak_tflops=1.0")
+    assert run[0].keys() | run[1].keys() | {"peak_memory_gib", "reserved_memory_gib"} == documented
 
 
 # Examples

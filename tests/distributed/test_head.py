@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dllm_jepa.models import MaskedDiffusionLM
+from dllm_jepa.models import MaskedDiffusionLM, init_rope
 from dllm_jepa.models.dream import dream
 from dllm_jepa.models.llada import llada
 from dllm_jepa.training import Ranks, full_tensor, shard
@@ -36,7 +36,9 @@ MICRO_BATCHES = [[5, 9], [0, 6], [3, 0]]  # scored tokens on each of the two ran
 def build(name: str, *, tied: bool, dtype: torch.dtype) -> MaskedDiffusionLM:
     torch.manual_seed(0)
     model: MaskedDiffusionLM = BUILDERS[name](**SIZES, max_seq_len=LENGTH, tie_embeddings=tied)
-    return model.to(dtype)
+    model.to(dtype)
+    init_rope(model)  # its tables stay in fp32
+    return model
 
 
 def scored(number: int, rank: int) -> tuple[Tensor, dict[str, Any]]:

@@ -15,9 +15,8 @@ from dllm_jepa.models.llada import llada
 from dllm_jepa.packing import PackedSequences
 from tests.launching import SMALL, SMALL_LORA, run_here
 
-FEWER_THAN = (
-    5  # recompilations of a run: each piece of a layer once for each of two grad modes, or once for single rows
-)
+# Recompilations of a run: each piece of a layer once for each of two grad modes, or once for single rows.
+FEWER_THAN = 5
 LENGTHS = [[5, 7], [3, 4, 9], [8, 8], [8, 8, 8], [2, 2], [30, 1, 1, 5], [17, 17], [6, 3, 2, 1], [12, 13, 14, 15]]
 
 
