@@ -89,8 +89,7 @@ class Setting:
         mask_ratio: of the context views, in (0, 1).
         device: cpu or cuda; on cuda matrix products are in bf16.
         dtype: of the stored weights: fp32 (fused AdamW), or bf16 (AdamW8bit with stochastic rounding).
-        logits_chunk_tokens: tokens that the head scores at a time; 0: 128 on a CPU, whose cache then holds the logits,
-            1024 on a GPU.
+        logits_chunk_tokens: tokens that the head scores at a time.
         threads: of the CPU.
     """
 
@@ -105,7 +104,7 @@ class Setting:
     mask_ratio: float = 0.2
     device: str = "cpu"
     dtype: str = "fp32"
-    logits_chunk_tokens: int = 0
+    logits_chunk_tokens: int = 1024
     threads: int = 2
 
     @classmethod
@@ -125,11 +124,6 @@ class Setting:
     def mask_id(self) -> int:
         """The last token; padding is the one before it."""
         return self.vocab_size - 1
-
-    @property
-    def chunk_tokens(self) -> int:
-        """`logits_chunk_tokens`, chosen."""
-        return self.logits_chunk_tokens or (128 if self.device == "cpu" else 1024)
 
     def batches(self, packed: bool) -> TrainingBatches:
         """Random sequences, one micro-batch a step, in the same order for both layouts."""
@@ -180,13 +174,14 @@ class Trainer:
         self.model = self._model(self.device) if model is None else model
         init_rope(self.model)
         self.trained = nn.ModuleDict({"model": self.model})
-        self.models = {arm.compiled: self._online(arm.compiled, checkpointing) for arm in arms}
+        self.models = {compiled: self._online(compiled, checkpointing) for compiled in {arm.compiled for arm in arms}}
         if any(arm.jepa for arm in arms):
             backbone = self._model(torch.device("meta")).backbone.to_empty(device=self.device)
             init_rope(backbone)
             self.target_encoder = ema_target_encoder(backbone, dtype=setting.dtype)
             self.target_encoder.copy_from(self.model.backbone)
-            self.embedders = {(arm.compiled, arm.float8): self._embedder(backbone, arm) for arm in arms if arm.jepa}
+            kinds = {(arm.compiled, arm.float8) for arm in arms if arm.jepa}
+            self.embedders = {kind: self._embedder(backbone, *kind) for kind in kinds}
             with self.device:
                 predictor = transformer_predictor(setting.embed_dim, setting.mlp_dim)
             self.trained["predictor"] = predictor.to(DTYPES[setting.dtype])
@@ -208,14 +203,14 @@ class Trainer:
         choose_packed_attention(model, self.device, self.compute_dtype)
         return model
 
-    def _embedder(self, backbone: Backbone, arm: Arm) -> EMATargetEncoder:
+    def _embedder(self, backbone: Backbone, compiled: bool, float8: bool) -> EMATargetEncoder:
         backbone = around_the_same_weights(backbone)
-        if arm.float8:
+        if float8:
             use_float8(backbone)
-        if arm.compiled:
+        if compiled:
             compile_model(backbone, verbose=False)
         choose_packed_attention(backbone, self.device, self.compute_dtype)
-        return ema_target_encoder(backbone, dtype=self.setting.dtype, float8=arm.float8)
+        return ema_target_encoder(backbone, dtype=self.setting.dtype, float8=float8)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         if self.setting.dtype == "fp32":
@@ -258,7 +253,7 @@ class Trainer:
                 logits_at=batch.masked_positions,
                 labels=batch.labels,
                 token_weights=weights,
-                chunk_tokens=self.setting.chunk_tokens,
+                chunk_tokens=self.setting.logits_chunk_tokens,
             )
         alignment_loss = torch.zeros_like(diffusion_loss)
         if target is not None:

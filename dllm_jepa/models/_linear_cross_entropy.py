@@ -136,7 +136,6 @@ def linear_cross_entropy(
             rows = slice(start, start + chunk_tokens)
             logits = F.linear(hidden[rows].to(dtype), weight)
             per_token[rows] = F.cross_entropy(logits.to(per_token.dtype), labels[rows], reduction="none")
-            del logits  # before the next ones are there
         return TokenLosses((token_weights * per_token).sum(), per_token)
 
 
@@ -155,7 +154,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_loss: ChunkLoss,
     ) -> tuple[Tensor, Tensor]:
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        if d_weight is not None and not len(hidden):
+            d_weight.zero_()
         per_token, cast_weight = _empty_losses(hidden), weight.to(dtype)
         for start in range(0, len(hidden), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
@@ -166,7 +167,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[rows] = d_logits @ cast_weight
             if d_weight is not None:
-                _add_product(d_weight, d_logits.t(), chunk)
+                _add_product(d_weight, d_logits.t(), chunk, keep=start > 0)
             del logits, d_logits  # before the next ones are there
         ctx.mark_non_differentiable(per_token)
         ctx.set_materialize_grads(False)
@@ -183,12 +184,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *(None if gradient is None else gradient.mul_(d_sum) for gradient in gradients), *5 * [None]
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add `a @ b` to a sum of the same or a wider type."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, keep: bool) -> None:
+    """Add `a @ b` to what is kept of a sum of the same or a wider type; without it, the sum is not even read."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
+        total.addmm_(a, b, beta=float(keep))
+    elif keep:
         total.add_(a @ b)
+    else:
+        total.copy_(a @ b)
 
 
 def _empty_losses(hidden: Tensor) -> Tensor:

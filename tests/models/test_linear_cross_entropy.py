@@ -220,6 +220,17 @@ def test_under_autocast_the_weight_is_cast_once() -> None:
     assert len(casts) == 1
 
 
+def test_autocast_is_off_for_the_loss() -> None:
+    def recorded(logits: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return chunk_loss(logits, labels, token_weights)
+
+    seen: list[bool] = []
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_cross_entropy(*inputs(), chunk_tokens=5, chunk_loss=recorded)
+    assert seen == [False] * 3
+
+
 def test_in_bf16_gradients_are_those_of_fp64_within_its_rounding() -> None:
     values = wide(96, torch.bfloat16, torch.bfloat16)
     result = in_chunks(values, 20)
@@ -336,6 +347,13 @@ def test_a_chunk_in_fp32_takes_no_second_one() -> None:
     with LiveStorages() as storages:
         chunk_loss(logits, torch.zeros(50, dtype=torch.int64), torch.ones(50))
     assert storages.peak < 0.02 * 4 * logits.numel()
+
+
+def test_a_chunk_is_gone_before_the_next_one() -> None:
+    hidden, weight = torch.randn(150, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
+    with LiveStorages() as storages:
+        linear_cross_entropy(hidden, weight, torch.zeros(150, dtype=torch.int64), torch.ones(150), chunk_tokens=50)
+    assert storages.peak < 1.2 * 4 * 50 * 1000
 
 
 def test_leaves_take_the_gradients_over_without_a_copy() -> None:
