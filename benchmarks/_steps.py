@@ -242,7 +242,12 @@ class Trainer:
         if arm.jepa:
             with self.autocast():
                 target = self.embedders[arm.compiled, arm.float8].embed(
-                    batch.target, batch.target_ids, batch.num_sequences, mask=mask, input_pos=batch.input_pos
+                    batch.target,
+                    batch.target_ids,
+                    batch.num_sequences,
+                    visible=batch.target_visible,
+                    mask=mask,
+                    input_pos=batch.input_pos,
                 )
         weights = masked_token_weights("mean", counts, **batch.loss_counts())  # [n]
         with self.autocast():

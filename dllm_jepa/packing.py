@@ -32,12 +32,14 @@ class PackedSequences:
     Args:
         cu_seqlens: int32 [S + 1], cumulative lengths in tokens: sequence s is row[cu_seqlens[s]:cu_seqlens[s + 1]].
         max_seqlen: length in tokens of the longest sequence.
+        num_tokens: N, known here so that nobody has to ask the device.
     """
 
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int) -> None:
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> None:
         """Take the bounds as they are; `from_lengths` makes them."""
         self.cu_seqlens = cu_seqlens
         self.max_seqlen = max_seqlen
+        self.num_tokens = num_tokens
 
     @classmethod
     def from_lengths(cls, lengths: list[int]) -> "PackedSequences":
@@ -50,15 +52,15 @@ class PackedSequences:
             raise ValueError(f"packed sequences need at least one token each, got lengths {lengths}")
         cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         cu_seqlens[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-        return cls(cu_seqlens, max(lengths))
+        return cls(cu_seqlens, max(lengths), sum(lengths))
 
     def to(self, device: torch.device) -> "PackedSequences":
         """The same packing with `cu_seqlens` on `device`."""
-        return PackedSequences(self.cu_seqlens.to(device, non_blocking=True), self.max_seqlen)
+        return PackedSequences(self.cu_seqlens.to(device, non_blocking=True), self.max_seqlen, self.num_tokens)
 
     def pin_memory(self) -> "PackedSequences":
         """The same packing with `cu_seqlens` in page-locked memory."""
-        return PackedSequences(self.cu_seqlens.pin_memory(), self.max_seqlen)
+        return PackedSequences(self.cu_seqlens.pin_memory(), self.max_seqlen, self.num_tokens)
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -101,7 +103,8 @@ class PackedSequences:
     @cached_property
     def block_mask(self) -> BlockMask:
         """For `flex_attention`: every token sees its own sequence. Computed once per packing, as the buckets are."""
-        owner = torch.repeat_interleave(self.cu_seqlens.diff())  # int64 [N], sequence of every token
+        # int64 [N], sequence of every token
+        owner = torch.repeat_interleave(self.cu_seqlens.diff(), output_size=self.num_tokens)
 
         def in_one_sequence(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return owner[query] == owner[key]

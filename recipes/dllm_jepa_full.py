@@ -296,6 +296,7 @@ class DLLMJEPAFullRecipe:
                     batch.target,
                     batch.target_ids,
                     batch.num_sequences,
+                    visible=batch.target_visible,
                     layer_norm=cfg.pooled_layer_norm,
                     mask=batch.attention_mask,
                     input_pos=batch.input_pos,
@@ -324,7 +325,7 @@ class DLLMJEPAFullRecipe:
         if self.optimizer_in_bwd is not None:
             norm = self.optimizer_in_bwd.pop_grad_norm()
         else:
-            limit = math.inf if self.cfg.clip_grad_norm is None else self.cfg.clip_grad_norm
+            limit = self.cfg.clip_grad_norm or math.inf
             norm = nn.utils.clip_grad_norm_(self.trained.parameters(), limit, foreach=True)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -352,8 +353,7 @@ class DLLMJEPAFullRecipe:
         """Write the training state, if it is time to, or if the run is asked to stop, which it then does."""
         stopped_by = self.signals.agreed()
         if stopped_by or self.checkpoints.is_due(step + 1, num_steps=self.num_steps):
-            self.log.flush()
-            self.run.metrics.sync()
+            self.log.sync()
             numbers = self.state.numbers() | {"metrics": self.run.metrics.last_row}
             self.checkpoints.save(step + 1, self.state.tensors(), numbers)
         if stopped_by:

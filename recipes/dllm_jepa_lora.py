@@ -287,6 +287,7 @@ class DLLMJEPALoRARecipe:
                     batch.target,
                     batch.target_ids,
                     batch.num_sequences,
+                    visible=batch.target_visible,
                     layer_norm=cfg.pooled_layer_norm,
                     mask=batch.attention_mask,
                     input_pos=batch.input_pos,
@@ -311,7 +312,7 @@ class DLLMJEPALoRARecipe:
             The global losses and the gradient norm before clipping, still on the device, and the rate that was used.
         """
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        limit = math.inf if self.cfg.clip_grad_norm is None else self.cfg.clip_grad_norm
+        limit = self.cfg.clip_grad_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.trained.parameters(), limit, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -339,8 +340,7 @@ class DLLMJEPALoRARecipe:
         """Write the training state, if it is time to, or if the run is asked to stop, which it then does."""
         stopped_by = self.signals.agreed()
         if stopped_by or self.checkpoints.is_due(step + 1, num_steps=self.num_steps):
-            self.log.flush()
-            self.run.metrics.sync()
+            self.log.sync()
             numbers = self.state.numbers() | {"metrics": self.run.metrics.last_row}
             self.checkpoints.save(step + 1, self.state.tensors(), numbers)
         if stopped_by:

@@ -31,8 +31,10 @@ def float8_on_gpu_in_bf16(target_encoder: Mapping[str, Any] | None, device: str,
 
 def float8_capability(target_encoder: Mapping[str, Any] | None, device: str, launch: Launch) -> list[str]:
     """An older GPU has no products of float8."""
-    capability = launch.compute_capability
-    if not _is_float8(target_encoder) or device != "cuda" or capability is None or capability >= _LOWEST_CAPABILITY:
+    if not _is_float8(target_encoder) or device != "cuda" or launch.num_gpus == 0:
+        return []
+    capability = _lowest_capability(launch.num_gpus)
+    if capability >= _LOWEST_CAPABILITY:
         return []
     return [
         f"target_encoder.float8: true on a GPU of compute capability {capability[0]}.{capability[1]}, but it needs 8.9 "
@@ -52,3 +54,10 @@ def float8_without_compile(target_encoder: Mapping[str, Any] | None, compile: bo
 
 def _is_float8(target_encoder: Mapping[str, Any] | None) -> bool:
     return target_encoder is not None and target_encoder.get("float8") is True
+
+
+def _lowest_capability(num_gpus: int) -> tuple[int, int]:
+    """The lowest compute capability of the GPUs here, major and minor; it starts CUDA in this process."""
+    import torch  # seconds to import; `dllm-jepa ls` must not pay for it
+
+    return min(map(torch.cuda.get_device_capability, range(num_gpus)))

@@ -19,25 +19,21 @@ class Launch:
         world_size: Processes of the run.
         local_world_size: Processes on this machine.
         num_gpus: CUDA GPUs that torch sees on this machine.
-        compute_capability: The lowest of theirs, major and minor; None without a GPU.
     """
 
     world_size: int = 1
     local_world_size: int = 1
     num_gpus: int = 0
-    compute_capability: tuple[int, int] | None = None
 
     @classmethod
     def from_environment(cls) -> "Launch":
         """Read torchrun's variables and count the GPUs."""
         import torch  # seconds to import; `dllm-jepa ls` must not pay for it
 
-        num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return cls(
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
             local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            num_gpus=num_gpus,
-            compute_capability=min(map(torch.cuda.get_device_capability, range(num_gpus)), default=None),
+            num_gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0,
         )
 
 

@@ -36,6 +36,7 @@ class MicroBatch:
         context_ids: int64 [B, T], sequence (from 0) that a visible token of the context view belongs to; -1 at masked
             tokens and padding.
         target_ids: int64 [B, T], the same for the target view.
+        target_visible: int64 [m], flat positions of the visible tokens of the target view.
         masked_positions: int64 [n], flat positions of the masked tokens of the context views.
         labels: int64 [n], their clean tokens.
         sequence_of_masked: int64 [n], their sequences.
@@ -54,6 +55,7 @@ class MicroBatch:
     input_pos: Tensor
     context_ids: Tensor
     target_ids: Tensor
+    target_visible: Tensor
     masked_positions: Tensor
     labels: Tensor
     sequence_of_masked: Tensor
@@ -198,7 +200,10 @@ def collate(
     context = [views.context for _, _, views in drawn]
     target = [views.target for _, _, views in drawn]
     sequences = np.split(sequence_of, np.cumsum(lengths)[:-1]) if drawn else []
-    masked = np.concatenate([view.masked for view in context]) if drawn else np.zeros(0, dtype=np.bool_)
+    masked, hidden = (
+        np.concatenate([view.masked for view in views]) if drawn else np.zeros(0, dtype=np.bool_)
+        for views in (context, target)
+    )
     labels = joined([tokens for tokens, _, _ in drawn], torch.int64)
     return MicroBatch(
         context=lay_out([view.tokens for view in context], pad_id),
@@ -207,6 +212,7 @@ def collate(
         input_pos=lay_out([np.arange(length) for length in lengths], 0),
         context_ids=lay_out([np.where(v.masked, -1, s) for v, s in zip(context, sequences, strict=True)], -1),
         target_ids=lay_out([np.where(v.masked, -1, s) for v, s in zip(target, sequences, strict=True)], -1),
+        target_visible=torch.from_numpy(slots[: len(hidden)][~hidden]),
         masked_positions=torch.from_numpy(slots[: len(masked)][masked]),
         labels=labels[torch.from_numpy(masked)],
         sequence_of_masked=torch.from_numpy(sequence_of[masked]),

@@ -21,8 +21,8 @@ class EMAAdapterTargetEncoder:
     places, without arithmetic, so that both come back as they were; only while they do is there a third copy.
 
     Args:
-        model: the online model, filled; called as `model(tokens, attention_mask=..., input_pos=...)`, its first result
-            are the hidden states. Its parameters with a gradient are the adapters, in fp32.
+        model: the online model, filled; called as `model(tokens, attention_mask=..., input_pos=..., hidden_at=...)`,
+            its first result are the hidden states. Its parameters with a gradient are the adapters, in fp32.
         ema_decay: tau in [0, 1): the share of the old average that an update keeps.
 
     Raises:
@@ -49,6 +49,7 @@ class EMAAdapterTargetEncoder:
         sequence_ids: Tensor,
         num_sequences: int,
         *,
+        visible: Tensor | None = None,
         layer_norm: bool = True,
         mask: Any = None,
         input_pos: Tensor | None = None,
@@ -59,6 +60,8 @@ class EMAAdapterTargetEncoder:
             tokens: int64 [B, T], target view.
             sequence_ids: int64 [B, T], see `pool`.
             num_sequences: S.
+            visible: int64 [m], flat positions of the tokens whose `sequence_ids` are not -1. Given them, the last layer
+                is computed for no others; the embedding is the same.
             layer_norm: see `pool`.
             mask: `attention_mask` of the model.
             input_pos: int64 [B, T], position of each token in its sequence.
@@ -67,7 +70,9 @@ class EMAAdapterTargetEncoder:
             fp32 [S, D].
         """
         with self._averages_in_place():
-            hidden, _ = self._model(tokens, attention_mask=mask, input_pos=input_pos)
+            hidden, _ = self._model(tokens, attention_mask=mask, input_pos=input_pos, hidden_at=visible)
+        if visible is not None:
+            sequence_ids = sequence_ids.flatten().index_select(0, visible)
         return pool(hidden, sequence_ids, num_sequences, layer_norm=layer_norm)
 
     @torch.no_grad()

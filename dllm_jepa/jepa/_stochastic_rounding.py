@@ -1,5 +1,8 @@
 """Stochastic rounding to bf16, for averages whose updates are far smaller than a bf16 step."""
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -25,8 +28,20 @@ def stochastic_lerp_(averages: list[Tensor], online: list[Tensor], weight: float
         own, own_target = (part.to_local() if isinstance(part, DTensor) else part for part in (average, target))
         # A view, not reshape: of a copy, the update would be lost.
         chunks = zip(torch.split(own.view(-1), _CHUNK), torch.split(own_target.view(-1), _CHUNK), strict=True)
+        update = _compiled_update() if own.is_cuda else _update  # many small kernels would take longer than the model
         for into, towards in chunks:
-            into.copy_(_stochastic_bf16_(into.float().lerp_(towards.float(), weight)))
+            update(into, towards, weight)
+
+
+def _update(into: Tensor, towards: Tensor, weight: float) -> None:
+    into.copy_(_stochastic_bf16_(into.float().lerp_(towards.float(), weight)))
+
+
+@cache
+def _compiled_update() -> Callable[[Tensor, Tensor, float], None]:
+    """`_update` as one kernel."""
+    compiled: Callable[[Tensor, Tensor, float], None] = torch.compile(_update, dynamic=True, fullgraph=True)
+    return compiled
 
 
 def _stochastic_bf16_(values: Tensor) -> Tensor:

@@ -51,7 +51,14 @@ class EMATargetEncoder:
 
     @torch.no_grad()
     def embed(
-        self, tokens: Tensor, sequence_ids: Tensor, num_sequences: int, *, layer_norm: bool = True, **packing: Any
+        self,
+        tokens: Tensor,
+        sequence_ids: Tensor,
+        num_sequences: int,
+        *,
+        visible: Tensor | None = None,
+        layer_norm: bool = True,
+        **packing: Any,
     ) -> Tensor:
         """Embed the target view; no gradient, no head.
 
@@ -59,13 +66,18 @@ class EMATargetEncoder:
             tokens: int64 [B, T], target view.
             sequence_ids: int64 [B, T], see `pool`.
             num_sequences: S.
+            visible: int64 [m], flat positions of the tokens whose `sequence_ids` are not -1. Given them, the last layer
+                is computed for no others; the embedding is the same.
             layer_norm: see `pool`.
             **packing: `mask` and `input_pos` of the backbone.
 
         Returns:
             fp32 [S, D].
         """
-        return pool(self.backbone(tokens, **packing), sequence_ids, num_sequences, layer_norm=layer_norm)
+        hidden = self.backbone(tokens, hidden_at=visible, **packing)
+        if visible is not None:
+            sequence_ids = sequence_ids.flatten().index_select(0, visible)
+        return pool(hidden, sequence_ids, num_sequences, layer_norm=layer_norm)
 
     @torch.no_grad()
     def update(self, online_backbone: nn.Module) -> None:

@@ -67,7 +67,7 @@ def _run_like_cuda(backbone: Backbone, compute_dtype: torch.dtype) -> None:
     Each on its own, for a mode around a whole backward is off inside it.
     """
     if compute_dtype == torch.bfloat16:
-        set_packed_attention(backbone, "varlen")  # flex attention keeps and allocates the same
+        set_packed_attention(backbone, "varlen")  # flex attention would add a mask of [N, N] bytes
 
     def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:

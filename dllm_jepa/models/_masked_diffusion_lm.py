@@ -84,16 +84,25 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(_build_layer(sizes, rope, attn_bias) for _ in range(sizes.num_layers))
         self.norm = CastRMSNorm(sizes.embed_dim, eps=sizes.norm_eps)
 
-    def forward(self, tokens: Tensor, *, mask: AttentionMask = None, input_pos: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        mask: AttentionMask = None,
+        input_pos: Tensor | None = None,
+        hidden_at: Tensor | None = None,
+    ) -> Tensor:
         """Post-norm hidden states.
 
         Args:
             tokens: int64 [B, T].
             mask: see `AttentionMask`.
             input_pos: int64 [B, T], position of each token in its sequence; None counts from 0 at the left edge.
+            hidden_at: int64 [m], flat positions b * T + i of the tokens whose hidden states are wanted; the last layer
+                leaves out what only the others need. None for all.
 
         Returns:
-            [B, T, D].
+            [B, T, D], or [1, m, D] with `hidden_at`.
 
         Raises:
             ValueError: if a row without `input_pos` is longer than `max_seq_len`.
@@ -101,8 +110,10 @@ class Backbone(nn.Module):
         if input_pos is None and tokens.size(1) > self.max_seq_len:
             raise ValueError(f"a row of {tokens.size(1)} tokens is over the model's max_seq_len of {self.max_seq_len}")
         hidden = self.tok_embeddings(tokens)  # [B, T, D]
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             hidden = layer(hidden, mask=mask, input_pos=input_pos)
+        hidden = last(hidden, mask=mask, input_pos=input_pos, hidden_at=hidden_at)
         normed: Tensor = self.norm(hidden)
         return normed
 
@@ -138,6 +149,7 @@ class MaskedDiffusionLM(nn.Module):
         labels: Tensor | None = None,
         token_weights: Tensor | None = None,
         chunk_tokens: int | None = None,
+        hidden_at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | TokenLosses | None]:
         """Hidden states of all tokens, and logits of the chosen ones or, with `labels`, their losses.
 
@@ -154,18 +166,22 @@ class MaskedDiffusionLM(nn.Module):
             labels: int64 [n], the right tokens at `logits_at`; None for logits instead of losses.
             token_weights: fp32 [n], their weights in the loss; with `labels`.
             chunk_tokens: most tokens to score at a time, at least 1: bounds the memory of the logits; with `labels`.
+            hidden_at: see `Backbone.forward`; without `logits_at`.
 
         Returns:
-            hidden [B, T, D] after the final norm, and logits [n, V], `TokenLosses` or None.
+            hidden [B, T, D] (or [1, m, D], see `hidden_at`) after the final norm, and logits [n, V], `TokenLosses` or
+            None.
 
         Raises:
-            ValueError: if `labels` come without what they need.
+            ValueError: if `labels` come without what they need, or `hidden_at` with `logits_at`.
         """
+        if hidden_at is not None and logits_at is not None:
+            raise ValueError("logits_at counts in all hidden states: give it without hidden_at")
         loss = None if labels is None else self._loss(logits_at, labels, token_weights, chunk_tokens)
         mask = attention_mask.bool() if isinstance(attention_mask, Tensor) else attention_mask
         if isinstance(mask, PackedSequences) and input_pos is None:
             input_pos = _packed_positions(mask, tokens.size(1))
-        hidden = self.backbone(tokens, mask=mask, input_pos=input_pos)
+        hidden = self.backbone(tokens, mask=mask, input_pos=input_pos, hidden_at=hidden_at)
         if logits_at is None:
             return hidden, None
         if self.shift_logits:
@@ -252,6 +268,22 @@ def init_rope(module: nn.Module) -> None:
 
 class _Layer(TransformerSelfAttentionLayer):
     """A layer that is compiled for any number of rows and tokens: in training nearly every batch has its own."""
+
+    def forward(  # type: ignore[override]  # the mask may be more than a tensor, and some tokens left out
+        self,
+        x: Tensor,
+        *,
+        mask: AttentionMask = None,
+        input_pos: Tensor | None = None,
+        hidden_at: Tensor | None = None,
+    ) -> Tensor:
+        """Attention and feed-forward, each added to its input: [B, T, D], or [1, m, D] of the tokens at `hidden_at`."""
+        normed = self.sa_norm(x)
+        hidden = x + self.attn(normed, normed, mask=mask, input_pos=input_pos)
+        if hidden_at is not None:
+            hidden = hidden.flatten(0, 1).index_select(0, hidden_at).unsqueeze(0)
+        updated: Tensor = hidden + self.mlp(self.mlp_norm(hidden))
+        return updated
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         super().compile(*args, **{"dynamic": True, **kwargs})

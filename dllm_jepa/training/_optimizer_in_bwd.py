@@ -18,8 +18,7 @@ class OptimizerInBackward:
       gradient for a parameter before `pop_grad_norm` is refused. Reentrant activation checkpointing, which runs a
       backward pass within another, may not be used either.
     - Nothing between backward and update: no clipping of the gradient norm, which is known only after the last
-      gradient, and no gradient added afterwards, as `L2Anchor` does. A gradient that is not finite has already
-      reached the weights when its norm is seen.
+      gradient, and no gradient added afterwards, as `L2Anchor` does.
     - One process: FSDP reduces gradients on streams of its own, and counts on them to live until the end of the
       backward pass.
     - The optimizer treats each parameter by itself, and counts steps per parameter, as those of torch.optim (but for

@@ -57,8 +57,15 @@ def build_metric_logger(component: DictConfig | None, ranks: Ranks) -> MetricLog
 
 
 def build_profiler(component: DictConfig | None) -> Profiler:
-    """The profiler that a component describes, as torchtune's `setup_torch_profiler` gives it; none for None."""
-    profiler: Profiler = DummyProfiler() if component is None else instantiate(component)[0]
+    """The profiler that a component describes, as torchtune's `setup_torch_profiler`; for None one that does nothing.
+
+    It is started, told of every step, and stopped however the run ends.
+    """
+    if component is None:
+        nothing: Profiler = DummyProfiler()
+        return nothing
+    built = instantiate(component)
+    profiler: Profiler = built[0] if isinstance(built, tuple) else built  # torchtune's comes with its settings
     return profiler
 
 
@@ -74,7 +81,7 @@ class _Step:
 
 
 class RunLog:
-    """Counts the steps and reports each of them; on rank zero only.
+    """Counts the steps and reports each of them: every rank reads and checks its numbers, rank zero writes them down.
 
     Numbers stay on the device until a logging step, which reads those of all steps since the last one at once; between
     logging steps the host never waits for the device.
@@ -112,6 +119,7 @@ class RunLog:
         self._peak_flops = None if peak_tflops is None else peak_tflops * 1e12 * ranks.world_size
         self._samples = samples
         self._pending: list[_Step] = []
+        self._is_profiling = False
         self._clock = StepClock(ranks.device)
         self._last_read = time.perf_counter()
         self._bar = tqdm(
@@ -125,15 +133,15 @@ class RunLog:
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to do, from 0."""
-        self._clock.read()
+        self._clock.start()
         self._last_read = time.perf_counter()
         self._profiler.start()
+        self._is_profiling = True
         for step in range(self._start_step, self._num_steps):
             yield step
             self._bar.update()
             self._profiler.step()
             self.lap("other")
-        self._profiler.stop()
 
     def lap(self, phase: str) -> None:
         """End a phase of the step: the time since the last call is reported as `{phase}_seconds`."""
@@ -183,8 +191,18 @@ class RunLog:
             self._bar.set_postfix_str(shown, refresh=False)
         return rows
 
+    def sync(self) -> None:
+        """`flush`, and wait until all of it is on the disk; before a training state is saved.
+
+        Raises:
+            TrainingError: see `flush`.
+            LaunchError: if it cannot be written.
+        """
+        self.flush()
+        self._run.metrics.sync()
+
     def check(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Look at a step before something is made of its numbers that broken ones would break, and at those before it.
+        """Look at a step that is not written yet, before something is made of its numbers that broken ones would break.
 
         Args:
             step: step number from 0.
@@ -193,12 +211,14 @@ class RunLog:
         Raises:
             TrainingError: see `flush`.
         """
-        self.flush()
-        self._check(step, {name: float(values[name]) for name in ("loss", "grad_norm")})
+        numbers = {name: float(values[name]) for name in ("loss", "grad_norm")}
+        if not all(map(math.isfinite, numbers.values())):
+            self.flush()  # a step before may be the first broken one
+            self._check(step, numbers)
 
     def _check(self, step: int, values: Mapping[str, float]) -> None:
         guarded = {"loss": values["loss"], "gradient norm": values["grad_norm"]}
-        check_finite(step, guarded, samples=self._samples(step), checkpoints=self._run.checkpoints)
+        check_finite(step, guarded, samples=self._samples, checkpoints=self._run.checkpoints)
 
     def _times(self, steps: Sequence[_Step]) -> dict[str, float]:
         """Speed and memory since the last logging step; the same for every step since then."""
@@ -222,7 +242,10 @@ class RunLog:
             self._bar.write(message, file=sys.stderr)
 
     def close(self) -> None:
-        """Close the bar and the metric logger."""
+        """Close the bar, the metric logger and the profiler, which writes what it has."""
         self._bar.close()
+        if self._is_profiling:
+            self._is_profiling = False
+            self._profiler.stop()
         if self._metric_logger is not None:
             self._metric_logger.close()

@@ -21,6 +21,10 @@ class StepClock:
         self._last = self._now()
         self._laps: list[tuple[str, float | torch.cuda.Event]] = []
 
+    def start(self) -> None:
+        """Begin the first lap."""
+        self._last = self._now()
+
     def lap(self, name: str) -> None:
         """End a lap; the time since the last one belongs to `name`."""
         self._laps.append((name, self._now()))

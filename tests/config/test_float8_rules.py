@@ -13,8 +13,18 @@ FLOAT8 = {"_component_": COMPONENT, "float8": True}
 OTHERS = [None, {"_component_": COMPONENT}, {"_component_": COMPONENT, "float8": False}]
 
 
-def on(capability: tuple[int, int] | None) -> Launch:
-    return Launch(1, 1, int(capability is not None), capability)
+GPUS: list[tuple[int, int]] = []
+
+
+@pytest.fixture(autouse=True)
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs of the capabilities in GPUS."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", GPUS.__getitem__)
+
+
+def on(*capabilities: tuple[int, int] | None) -> Launch:
+    GPUS[:] = [capability for capability in capabilities if capability is not None]
+    return Launch(1, 1, len(GPUS))
 
 
 def assert_one_line(lines: list[str], *parts: str) -> None:
@@ -100,11 +110,12 @@ def test_lora_has_no_float8() -> None:
     )
 
 
-def test_a_launch_knows_the_lowest_capability(monkeypatch: pytest.MonkeyPatch) -> None:
-    capabilities = [(9, 0), (8, 6), (8, 9)]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
-    assert Launch.from_environment().compute_capability == (8, 6)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert Launch.from_environment().compute_capability is None
+def test_the_oldest_gpu_decides() -> None:
+    assert_one_line(float8_capability(FLOAT8, "cuda", on((9, 0), (8, 6), (8, 9))), "capability 8.6")
+
+
+def test_gpus_are_asked_only_for_float8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question starts CUDA in the process."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: pytest.fail("CUDA was started"))
+    for target_encoder in OTHERS:
+        assert float8_capability(target_encoder, "cuda", Launch(1, 1, 1)) == []

@@ -110,7 +110,8 @@ def test_a_key_may_change_only_if_the_schema_says_so() -> None:
     shared = {
         "output_dir", "device", "checkpoint_dir", "monitor_every", "tokens_per_device", "packed", "compile",
         "enable_activation_checkpointing", "data_parallel_replicate_dim", "checkpoint", "resume", "resume_override",
-        "export", "export_dtype", "metric_logger", "log_every_n_steps", "logits_chunk_tokens", "peak_tflops", "profiler",
+        "export", "export_dtype", "metric_logger", "log_every_n_steps", "logits_chunk_tokens",
+        "peak_tflops", "profiler",
     }  # fmt: skip
     assert {key.name for key in TRAINING.keys if key.may_change} == shared | {"optimizer_in_bwd"}
     assert {key.name for key in LORA.keys if key.may_change} == shared | {"export_merged"}

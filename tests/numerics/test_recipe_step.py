@@ -20,6 +20,8 @@ from torchtune.config import instantiate
 
 from dllm_jepa.config import TRAINING, find_recipes, load_config, with_defaults
 from dllm_jepa.jepa import LossWeight, shuffled_partners
+from dllm_jepa.models._attention import BidirectionalAttention
+from dllm_jepa.packing import PackedSequences
 from dllm_jepa.training import Ranks, RunDirectory, StopSignals
 from tests.numerics.plain_loops import Parts, Sequence, assert_gradients_close, losses_by_hand, use_double_precision
 
@@ -250,7 +252,9 @@ class Waits(TorchDispatchMode):
         by_mask = func is torch.ops.aten.index.Tensor and any(
             index is not None and index.dtype == torch.bool for index in args[1]
         )
-        if self.is_on and (by_mask or func.overloadpacket in WAITING):
+        # Without the size of its result it adds up the repeats on the host.
+        by_count = func is torch.ops.aten.repeat_interleave.Tensor and (kwargs or {}).get("output_size") is None
+        if self.is_on and (by_mask or by_count or func.overloadpacket in WAITING):
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -261,15 +265,33 @@ class Waits(TorchDispatchMode):
         self.is_on = True
 
 
-WAITING = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select}
+WAITING = {
+    torch.ops.aten._local_scalar_dense,
+    torch.ops.aten.nonzero,
+    torch.ops.aten.masked_select,
+    torch.ops.aten._unique2,
+    torch.ops.aten.bincount,
+}
 
 
+def like_varlen(q: Tensor, k: Tensor, v: Tensor, packing: PackedSequences) -> Tensor:
+    """Stands for the kernel of GPUs, which is given bounds on the device: shapes and gradients, but no attention."""
+    assert len(packing.cu_seqlens) and packing.max_seqlen
+    return q + (k + v).repeat_interleave(q.size(1) // k.size(1), dim=1)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("overrides", [{}, {"shuffle_targets": True, "jepa_every": 2, "l2_anchor_weight": 0.1}])
 def test_between_logging_steps_nothing_waits_for_the_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any], family: str, packed: bool
 ) -> None:
-    """Padded rows, since the reference kernel of packed ones reads lengths; a fused optimizer, as GPU configs have."""
-    recipe = build_recipe(tmp_path, packed=False, max_steps=6, log_every_n_steps=3, optimizer__fused=True, **overrides)
+    """With the fused optimizer of GPU configs; the reference kernel of packed rows would read lengths."""
+    overrides = {"model___component_": f"dllm_jepa.models.{family}.{family}", "packed": packed, **overrides}
+    recipe = build_recipe(tmp_path, max_steps=6, log_every_n_steps=3, optimizer__fused=True, **overrides)
+    for part in (*recipe.model.modules(), *recipe.target_encoder.backbone.modules()):
+        if isinstance(part, BidirectionalAttention):
+            part.packed_attention = like_varlen
     waits, reads, flush, to_list = Waits(), [], recipe.log.flush, Tensor.tolist
 
     def flush_aside() -> Any:

@@ -161,12 +161,13 @@ def test_a_step_can_be_looked_at_before_it_is_written(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.write(0)
     run.log.check(1, {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)})
-    assert [row["step"] for row in run.rows()] == [1]
+    assert run.rows() == []
     with pytest.raises(TrainingError, match="step 2: loss nan"):
         run.log.check(1, {"loss": torch.tensor(math.nan), "grad_norm": torch.tensor(2.0)})
-    run.write(1, loss=math.inf)
-    with pytest.raises(TrainingError, match="step 2: loss inf"):
-        run.log.check(2, {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)})
+    assert [row["step"] for row in run.rows()] == [1]
+    run.write(1, grad_norm=math.inf)
+    with pytest.raises(TrainingError, match="step 2: .*gradient norm inf"):
+        run.log.check(2, {"loss": torch.tensor(math.nan), "grad_norm": torch.tensor(2.0)})
 
 
 def test_only_rank_zero_writes(tmp_path: Path) -> None:
@@ -185,6 +186,7 @@ def test_times_are_means_since_the_last_report(tmp_path: Path, clock: Clock) -> 
             run.log.lap("forward")
             clock.after(0.5)
             run.log.lap("backward")
+        run.log.check(step, {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)})  # changes no time
         run.write(step)
         clock.after(4.0)  # saving, which belongs to the next report
     first, _, third, _ = run.rows()
@@ -207,7 +209,30 @@ def test_the_profiler_is_told_of_every_step(tmp_path: Path) -> None:
     run = Run(tmp_path, num_steps=2)
     for _ in run.log.steps():
         pass
+    run.log.close()
     assert run.profiler.calls == ["start", "step", "step", "stop"]
+
+
+def test_the_profiler_is_stopped_once_however_the_run_ends(tmp_path: Path) -> None:
+    run = Run(tmp_path, num_steps=3)
+    with pytest.raises(ZeroDivisionError):
+        for step in run.log.steps():
+            1 // (1 - step)
+    run.log.close()
+    run.log.close()
+    assert run.profiler.calls == ["start", "step", "stop"]
+    never_begun = Run(tmp_path)
+    never_begun.log.close()
+    assert never_begun.profiler.calls == []
+
+
+def bare_profiler() -> Steps:
+    return Steps()
+
+
+def test_a_profiler_may_come_without_settings() -> None:
+    component = OmegaConf.create({"_component_": "tests.training.test_run_log.bare_profiler"})
+    assert isinstance(build_profiler(component), Steps)
 
 
 def test_no_profiler_and_that_of_torchtune(tmp_path: Path) -> None:
@@ -253,6 +278,8 @@ def test_a_metric_logger_that_lacks_its_package() -> None:
 
 def test_laps_are_booked_by_name_and_read_once(clock: Clock) -> None:
     watch = StepClock(torch.device("cpu"))
+    clock.after(16.0)
+    watch.start()
     for name, seconds in (("a", 1.0), ("b", 2.0), ("a", 4.0)):
         clock.after(seconds)
         watch.lap(name)
