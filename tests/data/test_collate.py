@@ -84,8 +84,17 @@ def test_padding_counts_for_nothing(drawn: Drawn) -> None:
     for name, fill in {"context": PAD_ID, "target": PAD_ID, "context_ids": -1, "target_ids": -1}.items():
         assert (getattr(batch, name)[padding] == fill).all()
     assert not padding.flatten()[batch.masked_positions].any()
+    assert not padding.flatten()[batch.target_visible].any()
     # A position that the rotary table has, whatever its length.
     assert (batch.input_pos < max(LENGTHS)).all() and (batch.input_pos >= 0).all()
+
+
+@both_layouts
+def test_visible_tokens_of_the_target_view(drawn: Drawn, packed: bool) -> None:
+    batch = collate(drawn, range(len(drawn)), pad_id=PAD_ID, packed=packed)
+    assert batch.target_visible.tolist() == (batch.target_ids.flatten() >= 0).nonzero().flatten().tolist()
+    assert len(batch.target_visible) == sum(int((~views.target.masked).sum()) for _, _, views in drawn)
+    assert collate([], [], pad_id=PAD_ID, packed=packed).target_visible.tolist() == []
 
 
 @both_layouts

@@ -162,6 +162,10 @@ def test_it_starts_as_the_base_itself(family: str, use_dora: bool) -> None:
     assert encoder.ema_decay == 0.996
     take_a_step(model, seed=0)
     assert torch.equal(embed(encoder), plain_embedding(plain_model(family)))
+    visible = (SEQUENCE_IDS.flatten() >= 0).nonzero().flatten()
+    assert 0 < len(visible) < TOKENS.numel()
+    torch.testing.assert_close(embed(encoder, visible=visible), embed(encoder), rtol=1e-5, atol=1e-5)
+    assert (embed(encoder, visible=visible[:-1]) - embed(encoder)).abs().max() > 1e-3
     assert not embed(encoder).requires_grad
 
 

@@ -23,11 +23,19 @@ class TinyBackbone(nn.Module):
         self.dropout = nn.Dropout(0.5)
         self.out = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, tokens: Tensor, *, mask: Tensor | None = None, input_pos: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        mask: Tensor | None = None,
+        input_pos: Tensor | None = None,
+        hidden_at: Tensor | None = None,
+    ) -> Tensor:
         hidden: Tensor = self.out(self.dropout(self.embedding(tokens)))
         if input_pos is not None:
             hidden = hidden * (1 + input_pos[..., None])
-        return hidden if mask is None else hidden * mask[..., None]
+        hidden = hidden if mask is None else hidden * mask[..., None]
+        return hidden if hidden_at is None else hidden.flatten(0, 1)[hidden_at].unsqueeze(0)
 
 
 def weights(module: nn.Module) -> list[Tensor]:
@@ -213,6 +221,13 @@ def test_embeds_as_backbone_and_pool_without_gradient(layer_norm: bool) -> None:
     # Equal twice over: dropout is off, and the mask and positions have arrived.
     assert torch.equal(embedded, expected)
     assert not torch.equal(embedded, encoder.embed(tokens, sequence_ids, 2, layer_norm=layer_norm))
+    visible = torch.tensor([0, 1, 3, 5, 7])  # the positions of all ids but -1
+    torch.testing.assert_close(
+        encoder.embed(tokens, sequence_ids, 2, visible=visible, **packing),
+        pool(encoder.backbone(tokens, **packing), sequence_ids, 2),
+    )
+    without_one = encoder.embed(tokens, sequence_ids, 2, visible=visible[1:], **packing)
+    assert (without_one - embedded)[0].abs().max() > 1e-3
 
 
 def test_nothing_in_it_can_be_trained() -> None:

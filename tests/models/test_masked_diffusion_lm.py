@@ -28,6 +28,23 @@ def test_published_sizes() -> None:
     assert counts == {"llada": (8_015_581_184, 291), "dream": (7_615_616_512, 339)}
 
 
+def test_hidden_states_of_some_tokens(model: MaskedDiffusionLM) -> None:
+    """Equal to those of all tokens, and the last feed-forward is computed for no others."""
+    tokens = torch.randint(0, 50, (1, sum(LENGTHS)))
+    packing = PackedSequences.from_lengths(LENGTHS)
+    every, _ = model(tokens, attention_mask=packing)
+    fed: list[tuple[int, ...]] = []
+    for layer in model.backbone.layers:
+        layer.mlp.register_forward_hook(lambda _, inputs, __: fed.append(tuple(inputs[0].shape)))
+    for chosen in (torch.tensor([40, 3, 4, 0]), torch.tensor([], dtype=torch.int64)):
+        fed.clear()
+        hidden, logits = model(tokens, attention_mask=packing, hidden_at=chosen)
+        assert logits is None and fed == [(1, sum(LENGTHS), 32), (1, len(chosen), 32)]
+        torch.testing.assert_close(hidden, every[:, chosen])
+    with pytest.raises(ValueError, match="logits_at counts in all hidden states"):
+        model(tokens, attention_mask=packing, hidden_at=chosen, logits_at=chosen)
+
+
 def test_packed_equals_one_by_one(model: MaskedDiffusionLM) -> None:
     """Values and gradients; lengths of all buckets, one token included."""
     row = torch.randint(0, 50, (1, sum(LENGTHS)))

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torchao.optim import AdamW8bit
 
-from dllm_jepa.jepa._stochastic_rounding import stochastic_lerp_
+from dllm_jepa.jepa._stochastic_rounding import _compiled_update, stochastic_lerp_
 
 COUNT = 2**16
 LARGEST = torch.finfo(torch.bfloat16).max
@@ -46,6 +46,25 @@ def test_either_neighbour_by_its_distance(low: float, step: float, share: float,
     assert set(drawn.tolist()) <= {low, low + step}
     deviation = math.sqrt(up * (1 - up) / COUNT)
     assert abs((drawn == low + step).double().mean().item() - up) <= 5 * deviation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("online", [torch.float32, torch.bfloat16])
+def test_the_kernel_of_gpus_rounds_the_same_way(online: torch.dtype) -> None:
+    """Compiled, here for the CPU."""
+    start, weight = torch.full((COUNT,), 0.02, dtype=torch.bfloat16), 0.004
+    towards = torch.full((COUNT,), 0.05, dtype=online)
+    exact = start[0].double() + weight * (towards[0].double() - start[0].double())
+    low = start[0].double()
+    step = 2.0**-13  # of bf16 between 2**-6 and 2**-5
+    update, moved = _compiled_update(), start.clone()
+    update(moved, towards, weight)
+    up = float((exact - low) / step)
+    assert 0.9 < up < 1 and set(moved.double().tolist()) == {float(low), float(low) + step}
+    assert abs((moved.double() > low).double().mean().item() - up) <= 5 * math.sqrt(up * (1 - up) / COUNT)
+    broken = torch.tensor([math.nan, math.inf, 1.0], dtype=torch.bfloat16)
+    update(broken, torch.zeros(3, dtype=online), 0.5)
+    assert broken.isnan().tolist() == [True, False, False] and broken[1:].tolist() == [math.inf, 0.5]
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.5, 2.0**-133, *(sign * LARGEST for sign in (1, -1))])
