@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from dllm_jepa.memory import LiveStorages
 from dllm_jepa.models import TokenLosses, linear_cross_entropy
 from dllm_jepa.models._linear_cross_entropy import ChunkLoss, chunk_loss, compiled_chunk_loss
+from dllm_jepa.models.llada import llada
 
 N, D, V = 13, 8, 37
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -319,6 +320,22 @@ def test_no_more_than_a_chunk_of_logits_is_ever_made(share: float, how: str) -> 
             losses.weighted_sum.backward()
     rows = [shape[0] for shape, _ in recorded.made if V in shape and D not in shape and len(shape) > 1]
     assert max(rows) == chunk_tokens
+
+
+@pytest.mark.parametrize("share", [0.2, 1.0])
+def test_nor_by_a_model(share: float) -> None:
+    model = llada(vocab_size=V, embed_dim=D, num_layers=1, num_heads=2, mlp_dim=12, max_seq_len=50)
+    n = round(share * 100)
+    with Recorded() as recorded:
+        _, losses = model(
+            torch.zeros(2, 50, dtype=torch.int64),
+            logits_at=torch.arange(n),
+            labels=torch.zeros(n, dtype=torch.int64),
+            token_weights=torch.ones(n),
+            chunk_tokens=7,
+        )
+        losses.weighted_sum.backward()
+    assert max(shape[0] for shape, _ in recorded.made if len(shape) > 1 and V in shape and D not in shape) == 7
 
 
 @pytest.mark.parametrize("how", ["fp32", "autocast", "no_grad"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import Module
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import compile_model, set_activation_checkpointing
@@ -89,3 +90,43 @@ def test_hardly_a_recompilation(
     if rows != "packed":
         assert (compiled, again) == (1, 1)  # the second for the other grad mode
         assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def loss_and_gradients(device: str, *, compiled: bool) -> dict[str, Tensor]:
+    """Of a packed row under autocast to bf16, in fp32 weights."""
+    torch.manual_seed(0)
+    model = llada(vocab_size=64, embed_dim=32, num_layers=2, num_heads=2, mlp_dim=48, max_seq_len=64).to(device)
+    if device == "cuda":
+        set_packed_attention(model, "varlen")
+    if compiled:
+        compile_model(model.backbone, verbose=False)
+        model.compile_loss()
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 64, (1, 30), generator=generator).to(device)
+    with torch.autocast(device, torch.bfloat16):
+        _, losses = model(
+            tokens,
+            attention_mask=PackedSequences.from_lengths([12, 13, 5]).to(tokens.device),
+            logits_at=torch.arange(0, 30, 2, device=device),
+            labels=tokens[0, ::2],
+            token_weights=torch.full((15,), 1 / 15, device=device),
+            chunk_tokens=6,
+        )
+    losses.weighted_sum.backward()
+    gradients = {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+    assert len(gradients) == len([*model.parameters()])
+    return {"loss": losses.weighted_sum.detach(), **gradients}
+
+
+@pytest.mark.parametrize(
+    ("device", "backend"), [("cpu", "aot_eager"), pytest.param("cuda", "inductor", marks=pytest.mark.gpu)]
+)
+def test_in_bf16_compiled_is_eager_within_its_rounding(
+    compilations: Callable[[], tuple[int, int]], monkeypatch: pytest.MonkeyPatch, device: str, backend: str
+) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", backend)
+    compiled, eager = (loss_and_gradients(device, compiled=on) for on in (True, False))
+    assert compilations()[0] > 1  # a layer, and the loss
+    assert compiled["loss"].item() == pytest.approx(eager["loss"].item(), rel=1e-2)
+    for name, value in eager.items():
+        assert value.norm() > 0 and (compiled[name] - value).norm() <= 0.02 * value.norm(), name
