@@ -14,6 +14,9 @@ PYTEST_ARGS ?=
 STAMP := $(VENV)/.dllm-jepa-installed
 BIN := $(VENV)/bin
 
+# Byte code that is not kept is compiled again by every process that a test starts: 19 seconds of imports instead of 6.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint compare install clean
 
 demo: $(STAMP)
