@@ -287,7 +287,7 @@ class DLLMJEPALoRARecipe:
                     batch.target,
                     batch.target_ids,
                     batch.num_sequences,
-                    visible=batch.target_visible,
+                    visible=None if cfg.compile else batch.target_visible,  # one compiled layer for all
                     layer_norm=cfg.pooled_layer_norm,
                     mask=batch.attention_mask,
                     input_pos=batch.input_pos,
