@@ -168,10 +168,9 @@ def test_float8_is_refused_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert step_cost.read_arguments(["--device", "cuda"])[1].arms == [*ARMS]
 
 
-def test_chunks_fit_the_device() -> None:
-    chunks = [step_cost.read_arguments(["--device", device])[0].chunk_tokens for device in ("cpu", "cuda")]
-    assert chunks == [128, 1024]
-    assert step_cost.read_arguments(["--logits-chunk-tokens", "5"])[0].chunk_tokens == 5
+def test_chunks_are_those_of_the_recipes() -> None:
+    assert step_cost.read_arguments([])[0].logits_chunk_tokens == 1024
+    assert step_cost.read_arguments(["--logits-chunk-tokens", "5"])[0].logits_chunk_tokens == 5
 
 
 def test_ratios_stand_beside_their_limits() -> None:

@@ -200,10 +200,7 @@ def collate(
     context = [views.context for _, _, views in drawn]
     target = [views.target for _, _, views in drawn]
     sequences = np.split(sequence_of, np.cumsum(lengths)[:-1]) if drawn else []
-    masked, hidden = (
-        np.concatenate([view.masked for view in views]) if drawn else np.zeros(0, dtype=np.bool_)
-        for views in (context, target)
-    )
+    masked, hidden = _joined_masks(context), _joined_masks(target)
     labels = joined([tokens for tokens, _, _ in drawn], torch.int64)
     return MicroBatch(
         context=lay_out([view.tokens for view in context], pad_id),
@@ -228,3 +225,7 @@ def collate(
 
 def _real_tokens(shape: tuple[int, int], lengths: list[int]) -> Tensor:
     return torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
+
+
+def _joined_masks(views: Sequence[Any]) -> npt.NDArray[np.bool_]:
+    return np.concatenate([view.masked for view in views]) if views else np.zeros(0, dtype=np.bool_)

@@ -212,7 +212,7 @@ def test_adapters_equal_their_closed_form(family: str, use_dora: bool) -> None:
     model = adapted_model(family, plain, use_dora=use_dora)
     merged = merged_by_hand(plain.state_dict(), randomize(model))
     logits = model.token_logits(TOKENS)
-    torch.testing.assert_close(logits, with_weights(plain, merged).token_logits(TOKENS), atol=2e-6, rtol=0)
+    torch.testing.assert_close(logits, with_weights(plain, merged).token_logits(TOKENS), atol=5e-6, rtol=0)
     model.double()
     assert len(merged) == 14
     for name, weight in merged.items():
@@ -322,7 +322,7 @@ def test_a_quantized_base_computes_with_nf4_s_values(family: str, use_dora: bool
     # With trained adapters, too: DoRA's directions are those of the quantized weights.
     merged = merged_by_hand(values, randomize(model))
     expected = with_weights(reference, merged).token_logits(TOKENS)
-    torch.testing.assert_close(model.token_logits(TOKENS), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.token_logits(TOKENS), expected, atol=2e-5, rtol=1e-5)
 
 
 @families
