@@ -211,9 +211,9 @@ def test_adapters_equal_their_closed_form(family: str, use_dora: bool) -> None:
     plain = plain_model(family)
     model = adapted_model(family, plain, use_dora=use_dora)
     merged = merged_by_hand(plain.state_dict(), randomize(model))
-    logits = model.token_logits(TOKENS)
-    torch.testing.assert_close(logits, with_weights(plain, merged).token_logits(TOKENS), atol=5e-6, rtol=0)
-    model.double()
+    # In fp64, where processors do not differ; what is left is the fp32 in which the merged weights are stored.
+    logits = model.double().token_logits(TOKENS)
+    torch.testing.assert_close(logits, with_weights(plain, merged).double().token_logits(TOKENS), atol=1e-6, rtol=0)
     assert len(merged) == 14
     for name, weight in merged.items():
         linear = model.get_submodule(name.removesuffix(".weight"))
@@ -321,8 +321,8 @@ def test_a_quantized_base_computes_with_nf4_s_values(family: str, use_dora: bool
             assert 0.02 < (param.data.get_original_weight() - exact).norm() / exact.norm() < 0.12
     # With trained adapters, too: DoRA's directions are those of the quantized weights.
     merged = merged_by_hand(values, randomize(model))
-    expected = with_weights(reference, merged).token_logits(TOKENS)
-    torch.testing.assert_close(model.token_logits(TOKENS), expected, atol=2e-5, rtol=1e-5)
+    expected = with_weights(reference, merged).double().token_logits(TOKENS)  # the rounding of one side only
+    torch.testing.assert_close(model.token_logits(TOKENS).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @families
