@@ -1,4 +1,4 @@
-# make demo | test | slow | lint | compare | clean. Each target first sets up what it needs: an environment in $(VENV) with the
+# make demo | test | lint | compare | clean. Each target first sets up what it needs: an environment in $(VENV) with the
 # exact versions of requirements.lock and this checkout, editable.
 #
 #   make test VENV=/tmp/env                         use or create another environment
@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 # Byte code that is not kept is compiled again by every process that a test starts: 19 seconds of imports instead of 6.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test slow lint compare install clean
+.PHONY: demo test lint compare install clean
 
 demo: $(STAMP)
 	$(BIN)/python demo/run.py
@@ -27,12 +27,7 @@ compare: $(STAMP)
 
 # Two workers, one thread each: the tests are many small ones, and more threads per process only get in each other's way.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n 2 --dist loadfile --no-loadscope-reorder \
-		$(PYTEST_ARGS)
-
-# The few that take longer than ten seconds each: interrupted runs, the command line as a whole, a benchmark, inductor.
-slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

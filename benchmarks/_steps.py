@@ -245,7 +245,7 @@ class Trainer:
                     batch.target,
                     batch.target_ids,
                     batch.num_sequences,
-                    visible=batch.target_visible,
+                    visible=None if arm.compiled else batch.target_visible,
                     mask=mask,
                     input_pos=batch.input_pos,
                 )

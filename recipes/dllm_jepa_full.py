@@ -275,7 +275,7 @@ class DLLMJEPAFullRecipe:
             # 8. Log, monitor, checkpoint
             row = {"epoch": self.batches.epoch(step), "lr": learning_rate, "micro_batches": len(micro_batches)}
             health = self.check_health(step, values, pooled_rows, micro_batches)
-            flops = step_flops(self.trained, **counts.sizes(), target=targets is not None)
+            flops = step_flops(self.trained, **counts.sizes(), target=targets is not None) if cfg.peak_tflops else 0.0
             self.log.write(step, row | counts.metrics() | health, values, flops=flops)
             self.save_if_due(step)
         self.checkpoints.finish()

@@ -18,7 +18,7 @@ from dllm_jepa.packing import PackedSequences
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
-# torch 2.11 takes grouped heads without being told; later versions refuse them.
+# torch 2.11 has no such argument; later versions refuse grouped heads without it.
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 

@@ -1,4 +1,4 @@
-"""Stopping a run before it ruins its weights."""
+"""Stopping a run before it saves broken weights."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -39,7 +39,13 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[int, int
 
 
 @pytest.mark.parametrize(
-    ("recipe", "base", "packed"), [("dllm_jepa_full", SMALL, True), ("dllm_jepa_lora", SMALL_LORA, False)]
+    ("recipe", "base", "packed"),
+    [
+        ("dllm_jepa_full", SMALL, True),
+        ("dllm_jepa_full", SMALL, False),
+        ("dllm_jepa_lora", SMALL_LORA, True),
+        ("dllm_jepa_lora", SMALL_LORA, False),
+    ],
 )
 def test_compiled_layers_give_the_same_run(
     tmp_path: Path, compilations: Callable[[], tuple[int, int]], recipe: str, base: list[str], packed: bool
