@@ -3,18 +3,22 @@
 import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessException
 
 from dllm_jepa.training import SavedCheckpoint
 
@@ -72,33 +76,57 @@ def eval_here(output_dir: Path, *overrides: str) -> dict[str, Any]:
 def run_on_ranks(
     num_ranks: int, runs: dict[Path, list[str]], *, recipe: str = "dllm_jepa_full", base: list[str] = SMALL
 ) -> None:
-    """Run a recipe several times, one after the other, in one launch of gloo ranks."""
-    launch(
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", __file__],
-        recipe,
-        json.dumps([[*base, f"output_dir={output_dir}", *overrides] for output_dir, overrides in runs.items()]),
-        json.dumps(free_ports(len(runs))),
-    )
+    """Run a recipe several times, one after the other, on the same gloo ranks."""
+    arguments = [[recipe, *base, f"output_dir={output_dir}", *overrides] for output_dir, overrides in runs.items()]
+    on_ranks(num_ranks, _run_all, arguments, free_ports(len(runs)))
 
 
-def launch(command: list[str], *arguments: str) -> None:
-    """Run Python in a fresh process group; its output is shown when it fails, and nothing of it is left behind."""
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "recipes")))
-    process = subprocess.Popen(
-        [sys.executable, *command, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks, which are in process groups of their own
-        output, _ = process.communicate()
-    if process.returncode:
-        raise AssertionError(f"exit code {process.returncode}\n{output}")
+def _run_all(runs: list[list[str]], ports: list[int]) -> None:
+    for arguments, port in zip(runs, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)  # a store of its own for every run
+        with patch.object(sys, "argv", arguments):
+            importlib.import_module(arguments[0]).recipe_main()
+
+
+def on_ranks(num_ranks: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in several processes, in the environment that torchrun gives to its ranks.
+
+    They are forked from a server that has imported the recipes, once for all tests of a worker: imports take longer
+    than most of these runs. What the ranks print is shown when one fails, and none of them is left behind.
+
+    Raises:
+        AssertionError: a rank failed or took too long.
+    """
+    multiprocessing.set_forkserver_preload(["dllm_jepa_full", "dllm_jepa_lora", "dllm_jepa_eval", "tests.launching"])
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, f"{rank}.txt") for rank in range(num_ranks)]
+        (port,) = free_ports(1)
+        context = torch.multiprocessing.start_processes(
+            _rank, (num_ranks, port, logs, function, arguments), num_ranks, join=False, start_method="forkserver"
+        )
+        deadline = time.monotonic() + 300
+        try:
+            while not context.join(timeout=1, grace_period=20):
+                if time.monotonic() > deadline:
+                    raise AssertionError("\n".join(["not done after 300 s", *(log.read_text() for log in logs)]))
+        except ProcessException as failure:
+            raise AssertionError("\n".join([str(failure), *(log.read_text() for log in logs)])) from None
+        finally:
+            for process in context.processes:
+                process.kill()
+
+
+def _rank(
+    rank: int, num_ranks: int, port: int, logs: list[Path], function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    for output in (sys.stdout, sys.stderr):
+        with logs[rank].open("a") as log:
+            os.dup2(log.fileno(), output.fileno())
+    sizes = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "RANK": rank, "LOCAL_RANK": rank}
+    os.environ |= {name: str(value) for name, value in sizes.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    function(*arguments)
 
 
 def free_ports(count: int) -> list[int]:
@@ -172,18 +200,3 @@ def copy_up_to(run: Path, copy: Path, step: int) -> None:
     for later in (copy / "checkpoints").glob("step_*"):
         if int(later.name.removeprefix("step_")) > step:
             shutil.rmtree(later)
-
-
-def main() -> None:
-    """A rank of `run_on_ranks`."""
-    recipe = importlib.import_module(sys.argv[1])
-    runs, ports = (json.loads(argument) for argument in sys.argv[2:])
-    for arguments, port in zip(runs, ports, strict=True):
-        # A store of its own for every run: torchrun's would still hold the addresses of the last one.
-        os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
-        with patch.object(sys, "argv", [sys.argv[1], *arguments]):
-            recipe.recipe_main()
-
-
-if __name__ == "__main__":
-    main()

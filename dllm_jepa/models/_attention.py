@@ -131,8 +131,11 @@ class BidirectionalAttention(MultiHeadAttention):
         Returns:
             [B, T, D].
         """
+        # Not `self.head_dim`: compiled for any number of tokens, a sharded layer takes its integers for unknown, too,
+        # and kernels for an unknown head size are slow, or there are none. Sizes of its tables are known.
+        head_dim = self.pos_embeddings.cache.size(-1) // 2
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(x).unflatten(-1, (-1, head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # [B, T, H or K, h]
         q = self.pos_embeddings(q, input_pos=input_pos)
         k = self.pos_embeddings(k, input_pos=input_pos)

@@ -3,7 +3,6 @@
 Products are emulated; a rank builds its encoder as the recipe does.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from dllm_jepa.models import InitialWeights, MaskedDiffusionLM, init_rope, use_f
 from dllm_jepa.models.dream import dream
 from dllm_jepa.packing import PackedSequences
 from dllm_jepa.training import CheckpointWriter, Ranks, SavedCheckpoint, TrainingState, full_tensors, materialize, shard
-from tests.launching import launch
+from tests.launching import on_ranks
 
 SIZES = {"vocab_size": 50, "embed_dim": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 96}
 LENGTHS = [7, 12, 3, 8]
@@ -56,7 +55,7 @@ def embed(encoder: EMATargetEncoder) -> Tensor:
     return encoder.embed(tokens, sequence_ids, len(LENGTHS), mask=mask, input_pos=positions)
 
 
-def main(folder: Path) -> None:
+def find(folder: Path) -> None:
     """A rank, or a process alone: start, update, embed, save."""
     with Ranks.join("cpu") as ranks:
         online, encoder = online_model(ranks), target_encoder(ranks)
@@ -82,9 +81,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks have it: float8 may round the other way after a sum in another order
-    main(one)
+    find(one)
     torch.set_num_threads(threads)
-    launch(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__], str(two))
+    on_ranks(2, find, two)
     return one, two
 
 
@@ -117,7 +116,3 @@ def test_the_checkpoint_holds_the_average(folders: tuple[Path, Path]) -> None:
         assert sorted(names) == sorted(f"target.{name}" for name in weights)
         for name, weight in weights.items():
             assert torch.equal(saved.read(f"target.{name}", torch.float32), weight), name
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

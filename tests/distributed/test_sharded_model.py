@@ -1,8 +1,7 @@
-"""The head on two gloo ranks: gathered once a micro-batch, and the gradients of one process."""
+"""A sharded model on two gloo ranks: its head gathered once a micro-batch, beside adapters and compiled layers, too."""
 
 import contextlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,16 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch._dynamo import register_backend
+from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.tensor import DTensor
+from torch.fx.experimental.symbolic_shapes import free_symbols
 
-from dllm_jepa.models import MaskedDiffusionLM, init_rope
+from dllm_jepa.models import LoRASettings, MaskedDiffusionLM, add_lora, init_rope
 from dllm_jepa.models.dream import dream
 from dllm_jepa.models.llada import llada
 from dllm_jepa.training import Ranks, full_tensor, shard
-from tests.launching import launch
+from tests.launching import on_ranks
 
 SIZES = {"vocab_size": 96, "embed_dim": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 48}
 BUILDERS = {"llada": llada, "dream": dream}
@@ -31,6 +32,8 @@ KINDS = (
     "llada own kept bfloat16",
 )
 MICRO_BATCHES = [[5, 9], [0, 6], [3, 0]]  # scored tokens on each of the two ranks
+ADAPTERS = LoRASettings(["q_proj", "v_proj"], apply_to_mlp=True, rank=2, alpha=4.0)
+COMPILED_LENGTHS = [5, 9, 12, 7, 3, 10]
 
 
 def build(name: str, *, tied: bool, dtype: torch.dtype) -> MaskedDiffusionLM:
@@ -38,6 +41,15 @@ def build(name: str, *, tied: bool, dtype: torch.dtype) -> MaskedDiffusionLM:
     model: MaskedDiffusionLM = BUILDERS[name](**SIZES, max_seq_len=LENGTH, tie_embeddings=tied)
     model.to(dtype)
     init_rope(model)  # its tables stay in fp32
+    return model
+
+
+def with_adapters() -> MaskedDiffusionLM:
+    """Frozen but for its adapters, which are not at their zeros of the start."""
+    model = add_lora(build("llada", tied=False, dtype=torch.float32), ADAPTERS)
+    for param in model.parameters():
+        if param.requires_grad:
+            nn.init.normal_(param, std=0.1)
     return model
 
 
@@ -54,16 +66,33 @@ def scored(number: int, rank: int) -> tuple[Tensor, dict[str, Any]]:
     }
 
 
+def learn(model: nn.Module, number: int, rank: int) -> float:
+    """Forward and backward of a micro-batch of a rank; returns its loss."""
+    tokens, asked = scored(number, rank)
+    hidden, losses = model(tokens, **asked)
+    (losses.weighted_sum + 1e-3 * hidden.square().sum()).backward()
+    loss: float = losses.weighted_sum.item()
+    return loss
+
+
 def train(model: nn.Module, ranks: list[int]) -> float:
     """Forward and backward of all micro-batches of some ranks; returns the sum of their losses."""
-    total = 0.0
-    for number in range(len(MICRO_BATCHES)):
-        for rank in ranks:
-            tokens, asked = scored(number, rank)
-            hidden, losses = model(tokens, **asked)
-            (losses.weighted_sum + 1e-3 * hidden.square().sum()).backward()
-            total += losses.weighted_sum.item()
-    return total
+    return sum(learn(model, number, rank) for number in range(len(MICRO_BATCHES)) for rank in ranks)
+
+
+def hidden_states(model: nn.Module, rank: int) -> list[list[float]]:
+    """Of rows of many lengths, whose gradients are added."""
+    values: list[list[float]] = []
+    for length in COMPILED_LENGTHS:
+        hidden, _ = model(scored(0, rank)[0][:, :length])
+        hidden.square().mean().backward()
+        values.append(hidden.detach().flatten().tolist())
+    return values
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """Whole gradients, of what has one."""
+    return {key: full_tensor(param.grad) for key, param in model.named_parameters() if param.grad is not None}
 
 
 # A rank
@@ -90,20 +119,23 @@ def gathers(model: MaskedDiffusionLM) -> Iterator[list[str]]:
         yield seen
 
 
+def left_gathered(model: nn.Module) -> int:
+    """Parameters of which this rank holds more than its part."""
+    return sum(not isinstance(param, DTensor) for param in model.parameters())
+
+
 def observe(name: str, ranks: Ranks, *, tied: bool, kept: bool, compute_dtype: torch.dtype) -> dict[str, Any]:
     """Everything that the tests look at, of one model."""
     model = build(name, tied=tied, dtype=torch.float32)
     shard(model, model.units, ranks, compute_dtype, kept=model.head if kept else None)
     with gathers(model) as of_loss:
         loss = train(model, [ranks.rank])
-    gradients = {key: full_tensor(param.grad).tolist() for key, param in model.named_parameters()}
+    gradients = {key: grad.tolist() for key, grad in gradients_of(model).items()}
     tokens, asked = scored(0, ranks.rank)
     with gathers(model) as of_hidden, torch.no_grad():
         model(tokens)
     with gathers(model) as of_evaluation, torch.no_grad():
         evaluated = [model(tokens, **asked)[1].weighted_sum.item() for _ in range(2)]
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    params = [param for unit in units for param in unit.parameters(recurse=False)]
     return {
         "loss": loss,
         "evaluated": evaluated,
@@ -111,11 +143,51 @@ def observe(name: str, ranks: Ranks, *, tied: bool, kept: bool, compute_dtype: t
         "of_loss": of_loss,
         "of_hidden": of_hidden,
         "of_evaluation": of_evaluation,
-        "left_gathered": sum(not isinstance(param, DTensor) for param in params),
+        "left_gathered": left_gathered(model),
     }
 
 
-def main() -> None:
+def observe_adapters(ranks: Ranks) -> dict[str, Any]:
+    """Of each micro-batch the branch of the target, without gradient and head, and then the one that learns."""
+    model = with_adapters()
+    shard(model, model.units, ranks, torch.float32, kept=model.head)
+    parts: list[tuple[str, int, int]] = []
+    loss = 0.0
+    for number in range(len(MICRO_BATCHES)):
+        for part in ("target", "online"):
+            with gathers(model) as seen, torch.set_grad_enabled(part == "online"):
+                if part == "target":
+                    model(scored(number, ranks.rank)[0])
+                else:
+                    loss += learn(model, number, ranks.rank)
+            parts.append((part, seen.count("head"), left_gathered(model)))
+    return {
+        "loss": loss,
+        "parts": parts,
+        "gradients": {key: grad.tolist() for key, grad in gradients_of(model).items()},
+    }
+
+
+def observe_compiled(ranks: Ranks) -> dict[str, Any]:
+    """Compiled and then sharded layers: their numbers, how often they are compiled, and which sizes are left open."""
+    left_open: list[list[str]] = []
+
+    @register_backend
+    def recorded(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        left_open.append(sorted(map(str, free_symbols(inputs))))
+        return aot_eager(graph, inputs)
+
+    model = build("llada", tied=False, dtype=torch.float32)
+    for layer in model.backbone.layers:
+        layer.compile(backend="recorded")
+    shard(model, model.units[:-1], ranks, torch.float32)
+    hidden = hidden_states(model, ranks.rank)
+    gradients = {key: grad.tolist() for key, grad in gradients_of(model).items()}
+    compilations = len({metrics.compile_id for metrics in torch._dynamo.utils.get_compilation_metrics()})
+    return {"hidden": hidden, "gradients": gradients, "compilations": compilations, "left_open": left_open[-1]}
+
+
+def observe_all(folder: Path) -> None:
     """Observe every kind on a rank, and write it down."""
     kinds: dict[str, Any] = {}
     with Ranks.join("cpu") as ranks:
@@ -124,7 +196,9 @@ def main() -> None:
             kinds[kind] = observe(
                 name, ranks, tied=head == "tied", kept=after == "kept", compute_dtype=getattr(torch, dtype)
             )
-        Path(sys.argv[1], f"{ranks.rank}.json").write_text(json.dumps(kinds))
+        kinds["adapters"] = observe_adapters(ranks)
+        kinds["compiled"] = observe_compiled(ranks)
+        (folder / f"{ranks.rank}.json").write_text(json.dumps(kinds))
 
 
 # The tests
@@ -134,8 +208,15 @@ def main() -> None:
 def observed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks saw."""
     directory = tmp_path_factory.mktemp("head")
-    launch(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__], str(directory))
+    on_ranks(2, observe_all, directory)
     return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def assert_gradients(model: nn.Module, actual: dict[str, Any]) -> None:
+    expected = gradients_of(model)
+    assert expected and actual.keys() == expected.keys()
+    for key, grad in expected.items():
+        torch.testing.assert_close(torch.tensor(actual[key]), grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["llada own kept", "llada own freed", "dream own kept", "llada tied freed"])
@@ -146,8 +227,7 @@ def test_gradients_and_losses_are_those_of_one_process(observed: list[dict[str, 
     results = [rank[f"{kind} float32"] for rank in observed]
     assert sum(result["loss"] for result in results) == pytest.approx(loss, rel=1e-6)
     for result in results:
-        for key, param in model.named_parameters():
-            torch.testing.assert_close(torch.tensor(result["gradients"][key]), param.grad, rtol=1e-4, atol=1e-6)
+        assert_gradients(model, result["gradients"])
 
 
 def test_the_head_is_gathered_once_a_micro_batch(observed: list[dict[str, Any]]) -> None:
@@ -186,5 +266,25 @@ def test_weights_of_tokens_are_not_rounded_to_the_compute_type(observed: list[di
         assert result["evaluated"] == pytest.approx([weighted_sum] * 2, rel=1e-6)
 
 
-if __name__ == "__main__":
-    main()
+def test_beside_adapters_the_frozen_head_is_gathered_once_a_micro_batch(observed: list[dict[str, Any]]) -> None:
+    """Not for the target, which takes turns with the model that learns; and nothing stays gathered after either."""
+    model = with_adapters()
+    loss = train(model, [0, 1])
+    results = [rank["adapters"] for rank in observed]
+    assert sum(result["loss"] for result in results) == pytest.approx(loss, rel=1e-6)
+    for result in results:
+        assert result["parts"] == [["target", 0, 0], ["online", 1, 0]] * len(MICRO_BATCHES)
+        assert all("lora" in key for key in result["gradients"])
+        assert_gradients(model, result["gradients"])
+
+
+def test_compiled_layers_can_be_sharded(observed: list[dict[str, Any]]) -> None:
+    """The numbers of one process without compilation; all layers are compiled once, for any rows and tokens."""
+    model = build("llada", tied=False, dtype=torch.float32)
+    expected = [hidden_states(model, rank) for rank in range(2)]
+    for rank, hidden in zip(observed, expected, strict=True):
+        result = rank["compiled"]
+        for actual, reference in zip(result["hidden"], hidden, strict=True):
+            torch.testing.assert_close(torch.tensor(actual), torch.tensor(reference), rtol=1e-4, atol=1e-5)
+        assert_gradients(model, result["gradients"])
+        assert result["compilations"] == 1 and len(result["left_open"]) == 2
