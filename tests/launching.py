@@ -106,7 +106,7 @@ def on_ranks(num_ranks: int, function: Callable[..., None], *arguments: Any) -> 
         )
         deadline = time.monotonic() + 300
         try:
-            while not context.join(timeout=1, grace_period=20):
+            while not context.join(timeout=1):
                 if time.monotonic() > deadline:
                     raise AssertionError("\n".join(["not done after 300 s", *(log.read_text() for log in logs)]))
         except ProcessException as failure:
