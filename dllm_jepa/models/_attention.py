@@ -57,9 +57,14 @@ class RotaryEmbedding(Qwen2RotaryPositionalEmbeddings):
 class CastRMSNorm(RMSNorm):
     """RMSNorm that normalizes in fp32, casts back and only then multiplies by its weight, as both families do."""
 
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__(dim, eps)
+        # Compiled for any number of tokens, a module has open numbers for floats, and a layer with one is traced twice.
+        self._eps = repr(eps)
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalize over the last dimension; shape and type of `x` are kept."""
-        return F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype) * self.scale
+        return F.rms_norm(x.float(), self.normalized_shape, eps=float(self._eps)).to(x.dtype) * self.scale
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
