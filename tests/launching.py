@@ -89,10 +89,11 @@ def _run_all(runs: list[list[str]], ports: list[int]) -> None:
 
 
 def on_ranks(num_ranks: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Call a function in several processes, in the environment that torchrun gives to its ranks.
+    """Call a function in several processes, with the variables by which ranks find each other.
 
     They are forked from a server that has imported the recipes, once for all tests of a worker: imports take longer
-    than most of these runs. What the ranks print is shown when one fails, and none of them is left behind.
+    than most of these runs. torchrun is not there, nor its own variables (TORCHELASTIC_...): what depends on it is for
+    tests that launch it. What the ranks print is shown when one fails, and none of them is left behind.
 
     Raises:
         AssertionError: a rank failed or took too long.
@@ -102,11 +103,15 @@ def on_ranks(num_ranks: int, function: Callable[..., None], *arguments: Any) -> 
         logs = [Path(folder, f"{rank}.txt") for rank in range(num_ranks)]
         (port,) = free_ports(1)
         context = torch.multiprocessing.start_processes(
-            _rank, (num_ranks, port, logs, function, arguments), num_ranks, join=False, start_method="forkserver"
+            _rank,
+            (num_ranks, port, logs, dict(os.environ), function, arguments),
+            num_ranks,
+            join=False,
+            start_method="forkserver",
         )
         deadline = time.monotonic() + 300
         try:
-            while not context.join(timeout=1):
+            while not context.join(timeout=1, grace_period=2):
                 if time.monotonic() > deadline:
                     raise AssertionError("\n".join(["not done after 300 s", *(log.read_text() for log in logs)]))
         except ProcessException as failure:
@@ -114,19 +119,32 @@ def on_ranks(num_ranks: int, function: Callable[..., None], *arguments: Any) -> 
         finally:
             for process in context.processes:
                 process.kill()
+                process.join()
 
 
 def _rank(
-    rank: int, num_ranks: int, port: int, logs: list[Path], function: Callable[..., None], arguments: tuple[Any, ...]
+    rank: int,
+    num_ranks: int,
+    port: int,
+    logs: list[Path],
+    environment: dict[str, str],
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
 ) -> None:
     for output in (sys.stdout, sys.stderr):
         with logs[rank].open("a") as log:
             os.dup2(log.fileno(), output.fileno())
+        output.reconfigure(line_buffering=True)  # of a rank that is killed, too
+    os.environ.clear()  # it was the server's, of an earlier test
+    os.environ |= environment
     sizes = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "RANK": rank, "LOCAL_RANK": rank}
     os.environ |= {name: str(value) for name, value in sizes.items()}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    function(*arguments)
+    try:
+        function(*arguments)
+    except KeyboardInterrupt:
+        raise SystemExit(1) from None  # torch takes it for the end of a rank that did its work
 
 
 def free_ports(count: int) -> list[int]:

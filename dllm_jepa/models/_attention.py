@@ -60,7 +60,7 @@ class CastRMSNorm(RMSNorm):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__(dim, eps)
         # Compiled for any number of tokens, a module has open numbers for floats, and a layer with one is traced twice.
-        self._eps = repr(eps)
+        self._eps = repr(float(eps))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize over the last dimension; shape and type of `x` are kept."""
