@@ -110,6 +110,8 @@ class Backbone(nn.Module):
         if input_pos is None and tokens.size(1) > self.max_seq_len:
             raise ValueError(f"a row of {tokens.size(1)} tokens is over the model's max_seq_len of {self.max_seq_len}")
         hidden = self.tok_embeddings(tokens)  # [B, T, D]
+        if self.layers[0].is_compiled and torch.is_grad_enabled():
+            hidden.requires_grad_()  # of a frozen embedding, too: else the first layer is compiled for itself
         *layers, last = self.layers
         for layer in layers:
             hidden = layer(hidden, mask=mask, input_pos=input_pos)
@@ -269,6 +271,8 @@ def init_rope(module: nn.Module) -> None:
 class _Layer(TransformerSelfAttentionLayer):
     """A layer that is compiled for any number of rows and tokens: in training nearly every batch has its own."""
 
+    is_compiled = False
+
     def forward(  # type: ignore[override]  # the mask may be more than a tensor, and some tokens left out
         self,
         x: Tensor,
@@ -287,6 +291,7 @@ class _Layer(TransformerSelfAttentionLayer):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         super().compile(*args, **{"dynamic": True, **kwargs})
+        self.is_compiled = True
 
 
 def _build_layer(sizes: TransformerSizes, rope: RotaryEmbedding, attn_bias: bool) -> TransformerSelfAttentionLayer:

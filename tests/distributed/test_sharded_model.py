@@ -207,7 +207,7 @@ def observe_all(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def observed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks saw."""
-    directory = tmp_path_factory.mktemp("head")
+    directory = tmp_path_factory.mktemp("sharded")
     on_ranks(2, observe_all, directory)
     return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(2)]
 
