@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import Tensor
-from torchtune.config import instantiate
 
+from dllm_jepa.config import Component
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.models import (
     FAMILIES,
@@ -63,7 +63,7 @@ class ModelSource:
     own_tokenizer: Callable[[], Tokenizer]
     load: Callable[[torch.dtype, torch.device], MaskedDiffusionLM]
 
-    def tokenizer(self, component: DictConfig | None = None) -> Tokenizer:
+    def tokenizer(self, component: Component | None = None) -> Tokenizer:
         """A tokenizer for it.
 
         Args:
@@ -75,7 +75,7 @@ class ModelSource:
         if component is None:
             tokenizer = self.own_tokenizer()
         else:
-            tokenizer = instantiate(component, *([] if "path" in component else [self.tokenizer_dir]))
+            tokenizer = component.build(*([] if "path" in component.arguments else [self.tokenizer_dir]))
         self.check_ids(tokenizer)
         return tokenizer
 

@@ -1,11 +1,16 @@
-"""Full fine-tuning of a masked diffusion language model with the DLLM-JEPA objective.
+"""Fine-tuning of a masked diffusion language model with the DLLM-JEPA objective: all weights, or adapters (LoRA).
 
 One process, or any number of them with FSDP2:
 
     tune run dllm_jepa_full --config tiny
     tune run --nproc_per_node 8 dllm_jepa_full --config llada_8b checkpoint_dir=LLaDA-8B-Base output_dir=runs/gsm8k
+    tune run dllm_jepa_lora --config llada_8b_lora checkpoint_dir=LLaDA-8B-Base output_dir=runs/gsm8k_lora
 
-To change it: `dllm-jepa cp dllm_jepa_full my_recipe.py`, edit `train`, `tune run my_recipe.py --config ...`.
+dllm_jepa_full and dllm_jepa_lora are one recipe under two names: what is trained is what its model leaves trainable.
+Of a model with LoRA, DoRA or QLoRA adapters the base is frozen and shared by both branches, and the target encoder is
+an average of the adapters alone.
+
+To change it: `dllm-jepa cp dllm_jepa_full my.py`, edit `Config` and `train`, `tune run my.py --config ...`.
 
 Shape legend: S sequences of a micro-batch, G of the global batch, n masked tokens, D hidden.
 """
@@ -13,20 +18,19 @@ Shape legend: S sequences of a micro-batch, G of the global batch, n masked toke
 import math
 from collections import deque
 from contextlib import ExitStack
-from dataclasses import asdict
+from typing import Annotated, Literal
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
+from pydantic import Field
 from torch import Tensor, nn
-from torchtune.config import instantiate
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import compile_model, set_activation_checkpointing
 
-from dllm_jepa import config, training
+from dllm_jepa import config, preflight, training
 from dllm_jepa.data import BatchPlan, MicroBatch, PrefetchedBatches, TrainingBatches, total_counts
 from dllm_jepa.jepa import (
     CollapseMonitor,
-    EMATargetEncoder,
     GlobalCounts,
     L2Anchor,
     StepSums,
@@ -39,21 +43,100 @@ from dllm_jepa.jepa import (
 from dllm_jepa.models import (
     HFCheckpoint,
     InitialWeights,
+    LoRAWeights,
     MaskedDiffusionLM,
     choose_packed_attention,
     init_rope,
     model_card,
+    save_adapter,
     save_hf,
+    save_merged,
     step_flops,
     use_float8,
 )
 
 EXPORTS = {None: (), "online": ("online",), "target": ("target",), "both": ("online", "target")}
+ADAPTERS = {"online": "adapter", "target": "adapter_target"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class DLLMJEPAFullRecipe:
-    """Trains all weights of the online backbone, and a predictor, against an EMA target encoder.
+class Config(config.Training):
+    """The keys of the method; those of every training recipe stand in `config.Training`. A copy adds its own here."""
+
+    jepa_weight: Annotated[
+        float, Field(ge=0, description="weight of the JEPA loss; 0 = plain diffusion, no target branch")
+    ] = 1.0
+    view_sampler: Annotated[
+        config.Component, Field(description="draws the mask ratios of the context and target views")
+    ]
+    predictor: Annotated[
+        Annotated[config.Component, config.Given(positional=("embed_dim", "mlp_dim"))] | None,
+        Field(description="maps the pooled context embedding to the target's; needed unless jepa_weight is 0"),
+    ] = None
+    target_encoder: Annotated[
+        Annotated[config.Component, config.Given(positional=("model", "copy_backbone"))] | None,
+        Field(description="embeds the target view; needed unless jepa_weight is 0"),
+    ] = None
+    jepa_every: Annotated[int, Field(ge=1, description="run the target branch on every n-th step only")] = 1
+    jepa_ratio: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="run the target branch on this fraction of the steps; null = all"),
+    ] = None
+    shuffle_targets: Annotated[bool, Field(description="control: compare each sequence with another one's target")] = (
+        False
+    )
+    l2_anchor_weight: Annotated[
+        float, Field(ge=0, description="weight of the squared distance to the initial weights; 0 = off")
+    ] = 0.0
+    pooled_layer_norm: Annotated[
+        bool, Field(description="LayerNorm without affine parameters on pooled embeddings")
+    ] = True
+    monitor_every: Annotated[
+        int, config.MayChange, Field(ge=0, description="steps between collapse measurements; 0 = off")
+    ] = 0
+    loss_weight: Annotated[
+        Literal["mean", "inverse_ratio", "token"],
+        Field(description="diffusion loss: mean per sequence, LLaDA's 1/t, or mean over all masked tokens"),
+    ] = "mean"
+    logits_chunk_tokens: Annotated[
+        config.Count,
+        config.MayChange,
+        Field(description="masked tokens scored at a time: bounds the memory of the logits, does not change the loss"),
+    ] = 1024
+    export: Annotated[
+        Literal["online", "target", "both"] | None,
+        config.MayChange,
+        Field(
+            description="model to write at the end: trained weights to output_dir/hf, the target encoder's to "
+            "hf_target (of LoRA adapter, adapter_target); null = none"
+        ),
+    ] = "online"
+    export_merged: Annotated[
+        bool,
+        config.MayChange,
+        Field(description="of LoRA: besides the adapter, write the base with the adapter merged into it"),
+    ] = False
+
+    rules = (
+        *config.Training.rules,
+        config.rules.view_sampler_builds,
+        config.rules.jepa_parts_present,
+        config.rules.one_jepa_schedule,
+        config.rules.shuffling_has_targets,
+        config.rules.exported_target_exists,
+        config.rules.average_of_what_is_trained,
+        config.rules.bf16_average_in_one_process,
+        config.rules.anchor_with_whole_gradients,
+        config.rules.float8_on_gpu_in_bf16,
+        config.rules.float8_capability,
+        config.rules.merged_with_an_export,
+    )
+    remarks = (*config.Training.remarks, config.rules.float8_without_compile)
+    opens = (preflight.model_opens, preflight.data_opens, preflight.disk_has_room, preflight.logger_is_installed)
+
+
+class DLLMJEPARecipe:
+    """Trains the online backbone, or its adapters, and a predictor against an EMA target encoder.
 
     Args:
         cfg: checked config; docs/configs.md lists its keys.
@@ -63,7 +146,7 @@ class DLLMJEPAFullRecipe:
     """
 
     def __init__(
-        self, cfg: DictConfig, ranks: training.Ranks, run: training.RunDirectory, signals: training.StopSignals
+        self, cfg: Config, ranks: training.Ranks, run: training.RunDirectory, signals: training.StopSignals
     ) -> None:
         """Hold on to what the run is made from; `setup` builds its parts."""
         self.cfg = cfg
@@ -77,20 +160,27 @@ class DLLMJEPAFullRecipe:
         """Build every part in order of use; what the user may have got wrong comes before what costs memory."""
         cfg = self.cfg
         changes = [] if self.run.resume_from is None else config.check_resume(cfg, self.run.resume_from.config)
-        self.tokenizer = instantiate(cfg.tokenizer)
+        self.tokenizer = cfg.tokenizer.build()
         with torch.device("meta"):
-            self.model: MaskedDiffusionLM = instantiate(cfg.model)
-        self.origin = None if cfg.checkpoint_dir is None else HFCheckpoint(cfg.checkpoint_dir)
-        if self.origin is not None:
-            self.origin.check(self.model, mask_id=self.tokenizer.mask_id)
+            self.model: MaskedDiffusionLM = cfg.model.build()
+        self.checkpoint = None if cfg.checkpoint_dir is None else HFCheckpoint(cfg.checkpoint_dir)
+        if self.checkpoint is not None:
+            self.checkpoint.check(self.model, mask_id=self.tokenizer.mask_id)
         self.model.check_fits(vocab_size=self.tokenizer.vocab_size, max_seq_len=cfg.max_seq_len)
         self.batches, steps_per_epoch, data = self.setup_batches()
         self.num_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
         self.prefetched = PrefetchedBatches(self.batches, num_steps=self.num_steps, device=self.ranks.device)
         self.cleanup.callback(self.prefetched.close)
         self.run.check_steps(self.num_steps)
-        model = {"family": self.model.family, "sizes": asdict(self.model.sizes)}
-        self.facts = training.run_facts(self.ranks, seed=cfg.seed, base=cfg.checkpoint_dir, model=model, data=data)
+        self.base = self.checkpoint or InitialWeights(self.model, seed=cfg.seed, num_layers=self.model.sizes.num_layers)
+        self.facts = training.run_facts(
+            self.ranks,
+            seed=cfg.seed,
+            base=cfg.checkpoint_dir,
+            model=self.model.architecture(),
+            data=data,
+            **({} if self.model.lora is None else {"base_weights": self.base.fingerprint()}),
+        )
         if self.run.resume_from is not None:
             training.check_trained(self.run.resume_from, "model", self.model)
             changes += training.compare_facts(self.run.resume_from.state, self.facts, override=cfg.resume_override)
@@ -98,8 +188,8 @@ class DLLMJEPAFullRecipe:
         self.setup_model()
         self.trained = nn.ModuleDict({"model": self.model})
         self.target_encoder = None
-        if cfg.jepa_weight > 0:
-            self.target_encoder = self.setup_target_encoder()
+        if cfg.jepa_weight > 0 and cfg.target_encoder is not None:
+            self.target_encoder = cfg.target_encoder.build(self.model, self.copy_backbone)
             self.trained["predictor"] = self.setup_predictor()
         self.anchor = L2Anchor(self.model, weight=cfg.l2_anchor_weight) if cfg.l2_anchor_weight > 0 else None
         self.monitor = CollapseMonitor(
@@ -109,17 +199,18 @@ class DLLMJEPAFullRecipe:
             device=self.ranks.device,
         )
         self.parts = {"target": self.target_encoder, "monitor": self.monitor, "anchor": self.anchor}
-        self.optimizer = instantiate(cfg.optimizer, self.trained.parameters())
+        self.optimizer = cfg.optimizer.build([param for param in self.trained.parameters() if param.requires_grad])
         self.optimizer_in_bwd = training.OptimizerInBackward(self.optimizer) if cfg.optimizer_in_bwd else None
-        self.lr_scheduler = training.build_lr_scheduler(cfg.lr_scheduler, self.optimizer, num_steps=self.num_steps)
+        self.lr_scheduler = None
+        if cfg.lr_scheduler is not None:
+            self.lr_scheduler = cfg.lr_scheduler.build(self.optimizer, num_training_steps=self.num_steps)
         self.setup_run(metric_logger, changes)
 
     def setup_batches(self) -> tuple[TrainingBatches, int, dict[str, str | int]]:
         """Tokenize the dataset and plan its batches; returns them, the steps of an epoch, and what tells the data."""
         cfg = self.cfg
-        dataset = instantiate(
-            cfg.dataset,
-            self.tokenizer,
+        dataset = cfg.dataset.build(
+            tokenizer=self.tokenizer,
             max_seq_len=cfg.max_seq_len,
             shift_logits=self.model.shift_logits,
             progress=self.ranks.is_rank_zero,
@@ -136,7 +227,7 @@ class DLLMJEPAFullRecipe:
         batches = TrainingBatches(
             dataset,
             plan,
-            instantiate(cfg.view_sampler),
+            cfg.view_sampler.build(),
             rank=self.ranks.rank,
             seed=cfg.seed,
             mask_id=self.tokenizer.mask_id,
@@ -148,7 +239,7 @@ class DLLMJEPAFullRecipe:
         return batches, plan.steps_per_epoch, dataset.facts()
 
     def setup_model(self) -> None:
-        """Wrap, shard and fill the online model."""
+        """Wrap, shard and fill the online model; a frozen base is stored in the compute type or in NF4."""
         cfg = self.cfg
         if cfg.compile:
             compile_model(self.model.backbone, verbose=False)
@@ -156,35 +247,40 @@ class DLLMJEPAFullRecipe:
         if cfg.enable_activation_checkpointing:
             set_activation_checkpointing(self.model, auto_wrap_policy={TransformerSelfAttentionLayer})
         training.shard(self.model, self.model.units, self.ranks, self.compute_dtype, kept=self.model.head)
-        source = self.origin or InitialWeights(self.model, seed=cfg.seed, num_layers=self.model.sizes.num_layers)
-        training.materialize(self.model, source.read, dtype=DTYPES[cfg.dtype], device=self.ranks.device)
+        first = self.base
+        if self.model.lora is not None:
+            first = LoRAWeights(self.model, self.base, seed=cfg.seed, dtype=self.compute_dtype)
+        training.materialize(
+            self.model,
+            first.read,
+            dtype=DTYPES[cfg.dtype],
+            frozen_dtype=self.compute_dtype,
+            device=self.ranks.device,
+        )
         init_rope(self.model)
 
-    def setup_target_encoder(self) -> EMATargetEncoder:
-        """A copy of the online backbone, in its own type, sharded like it."""
+    def copy_backbone(self, dtype: str, *, float8: bool = False) -> nn.Module:
+        """A second backbone for the target encoder: sharded like the online one, in a type of its own, not filled."""
         with torch.device("meta"):
-            backbone = instantiate(self.cfg.model).backbone
-        if self.cfg.target_encoder.get("float8"):
+            backbone = self.cfg.model.build().backbone
+        if float8:
             use_float8(backbone)
         if self.cfg.compile:
             compile_model(backbone, verbose=False)
         training.shard(backbone, [*backbone.layers], self.ranks, self.compute_dtype)
-        dtype = DTYPES[self.cfg.target_encoder.get("dtype", "fp32")]
-        training.materialize(backbone, None, dtype=dtype, device=self.ranks.device)
+        training.materialize(backbone, None, dtype=DTYPES[dtype], device=self.ranks.device)
         init_rope(backbone)
         choose_packed_attention(backbone, self.ranks.device, self.compute_dtype)
-        target_encoder: EMATargetEncoder = instantiate(self.cfg.target_encoder, backbone)
-        target_encoder.copy_from(self.model.backbone)
-        return target_encoder
+        return backbone
 
     def setup_predictor(self) -> nn.Module:
         """The predictor, with random weights."""
         sizes = self.model.sizes
         with torch.device("meta"):
-            predictor: nn.Module = instantiate(self.cfg.predictor, sizes.embed_dim, sizes.mlp_dim)
-        initial = InitialWeights(predictor, seed=self.cfg.seed, num_layers=self.cfg.predictor.get("num_layers", 1))
+            predictor: nn.Module = self.cfg.predictor.build(sizes.embed_dim, sizes.mlp_dim)
+        first = InitialWeights(predictor, seed=self.cfg.seed, num_layers=self.cfg.predictor.argument("num_layers") or 1)
         training.shard(predictor, [], self.ranks, self.compute_dtype)
-        training.materialize(predictor, initial.read, dtype=DTYPES[self.cfg.dtype], device=self.ranks.device)
+        training.materialize(predictor, first.read, dtype=DTYPES[self.cfg.dtype], device=self.ranks.device)
         return predictor
 
     def setup_run(self, metric_logger: training.MetricLogger | None, changes: list[str]) -> None:
@@ -193,7 +289,7 @@ class DLLMJEPAFullRecipe:
         self.state = training.TrainingState(self.trained, self.optimizer, self.lr_scheduler, parts=self.parts)
         if self.run.resume_from is not None:
             self.state.load(self.run.resume_from, self.ranks, override=cfg.resume_override)
-        self.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
+        self.config_yaml = cfg.to_yaml()
         self.run.open(self.config_yaml, changes)
         self.log = training.RunLog(
             self.run,
@@ -208,7 +304,7 @@ class DLLMJEPAFullRecipe:
         self.cleanup.callback(self.log.close)
         self.log.say(choose_packed_attention(self.model, self.ranks.device, self.compute_dtype))
         if metric_logger is not None:
-            metric_logger.log_config(cfg)
+            metric_logger.log_config(OmegaConf.create(cfg.model_dump()))
         self.checkpoints = training.CheckpointWriter(
             self.run.checkpoints,
             self.ranks,
@@ -361,35 +457,49 @@ class DLLMJEPAFullRecipe:
             raise training.Stopped(stopped_by)
 
     def export(self) -> None:
-        """Write the models that the config asks for as Hugging Face directories."""
+        """Write the models that the config asks for as Hugging Face directories, and of LoRA as adapters."""
         cfg = self.cfg
-        parts = {"online": self.model.state_dict()}
-        if self.target_encoder is not None:  # it has no head: the trained one goes with it
-            parts["target"] = parts["online"] | {f"backbone.{n}": w for n, w in self.target_encoder.tensors().items()}
-        state = self.facts | {"step": self.num_steps, "metrics": self.run.metrics.last_row}
-        dtype = DTYPES[cfg.export_dtype or cfg.compute_dtype]
-        # What exists is from before an interruption between the two.
-        for part in self.run.missing(EXPORTS[cfg.export]):
-            path, stream = self.run.exports[part], training.full_tensors(parts[part])
-            if not self.ranks.is_rank_zero:
+        online = training.trained_tensors(self.model)
+        for part in EXPORTS[cfg.export]:
+            weights = online if self.target_encoder is None or part == "online" else self.target_encoder.weights(online)
+            stream = training.full_tensors(weights)
+            missing = self.run.missing(exports(cfg, part))  # what exists is from before an interruption
+            if not missing or not self.ranks.is_rank_zero:
                 deque(stream, maxlen=0)  # gathering takes part on every rank
                 continue
-            card = model_card(part, state, self.config_yaml)
-            save_hf(self.model, path, cfg.checkpoint_dir, dtype, weights=stream, tokenizer=self.tokenizer, card=card)
-            self.log.say(f"wrote {path}")
+            state = self.facts | {"step": self.num_steps, "metrics": self.run.metrics.last_row}
+            files = {"tokenizer": self.tokenizer, "card": model_card(part, state, self.config_yaml)}
+            base, dtype = cfg.checkpoint_dir, DTYPES[cfg.export_dtype or cfg.compute_dtype]
+            adapters = {} if self.model.lora is None else dict(stream)
+            for name in missing:
+                path = self.run.exports[name]
+                if self.model.lora is None:
+                    save_hf(self.model, path, base, dtype, weights=stream, **files)
+                elif name == part:
+                    save_merged(self.model, path, self.base.read, adapters, like=base, dtype=dtype, **files)
+                else:
+                    save_adapter(self.model, path, adapters, base=base, **files)
+                self.log.say(f"wrote {path}")
+
+
+def exports(cfg: Config, *parts: str) -> list[str]:
+    """The directories that a run leaves of these parts, as `RunDirectory.exports` names them."""
+    if not config.has_adapters(cfg.model):
+        return [*parts]
+    return [*(ADAPTERS[part] for part in parts), *(parts if cfg.export_merged else ())]
 
 
 @config.parse
-def recipe_main(cfg: DictConfig) -> None:
+def recipe_main(cfg: Config) -> None:
     """Join the other ranks, claim the output directory, train, export."""
     with (
         training.Ranks.join(cfg.device, replicate=cfg.data_parallel_replicate_dim) as ranks,
         training.StopSignals(ranks) as signals,
         training.RunDirectory(cfg.output_dir, cfg.resume, ranks, checkpoints=cfg.checkpoint.directory) as run,
     ):
-        if run.is_finished(cfg.max_steps, EXPORTS[cfg.export]):
+        if run.is_finished(cfg.max_steps, exports(cfg, *EXPORTS[cfg.export])):
             return
-        recipe = DLLMJEPAFullRecipe(cfg, ranks, run, signals)
+        recipe = DLLMJEPARecipe(cfg, ranks, run, signals)
         with recipe.cleanup:
             recipe.setup()
             recipe.train()

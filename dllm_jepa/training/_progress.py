@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
-from torchtune.config import instantiate
 from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
@@ -19,6 +17,12 @@ from dllm_jepa.training._guards import check_finite
 from dllm_jepa.training._ranks import Ranks
 from dllm_jepa.training._run_directory import RunDirectory
 from dllm_jepa.training._step_clock import StepClock
+
+
+class Buildable(Protocol):
+    """A component of a config."""
+
+    def build(self, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
 
 
 class MetricLogger(Protocol):
@@ -41,7 +45,7 @@ class Profiler(Protocol):
     def stop(self) -> None: ...  # noqa: D102
 
 
-def build_metric_logger(component: DictConfig | None, ranks: Ranks) -> MetricLogger | None:
+def build_metric_logger(component: Buildable | None, ranks: Ranks) -> MetricLogger | None:
     """The metric logger that a component describes, on rank zero.
 
     Raises:
@@ -50,13 +54,13 @@ def build_metric_logger(component: DictConfig | None, ranks: Ranks) -> MetricLog
     if component is None or not ranks.is_rank_zero:
         return None
     try:
-        logger: MetricLogger = instantiate(component)
+        logger: MetricLogger = component.build()
     except ImportError as error:
         raise ConfigError(f"metric_logger: {error}; install what it needs, or set metric_logger: null") from error
     return logger
 
 
-def build_profiler(component: DictConfig | None) -> Profiler:
+def build_profiler(component: Buildable | None) -> Profiler:
     """The profiler that a component describes, as torchtune's `setup_torch_profiler`; for None one that does nothing.
 
     It is started, told of every step, and stopped however the run ends.
@@ -64,7 +68,7 @@ def build_profiler(component: DictConfig | None) -> Profiler:
     if component is None:
         nothing: Profiler = DummyProfiler()
         return nothing
-    built = instantiate(component)
+    built = component.build()
     profiler: Profiler = built[0] if isinstance(built, tuple) else built  # torchtune's comes with its settings
     return profiler
 

@@ -2,25 +2,8 @@
 
 import math
 
-from omegaconf import DictConfig
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torchtune.config import instantiate
-
-
-def build_lr_scheduler(component: DictConfig | None, optimizer: Optimizer, *, num_steps: int) -> LRScheduler | None:
-    """The schedule that a component describes; None, a constant rate, for None.
-
-    Args:
-        component: its builder; takes `num_training_steps`, which the component itself may give.
-        optimizer: the optimizer.
-        num_steps: steps of the whole run.
-    """
-    if component is None:
-        return None
-    num_training_steps = component.get("num_training_steps") or num_steps
-    schedule: LRScheduler = instantiate(component, optimizer, num_training_steps=num_training_steps)
-    return schedule
+from torch.optim.lr_scheduler import LambdaLR
 
 
 def cosine_with_warmup(

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-
-from dllm_jepa import evals
 from dllm_jepa.config._components import component_problems
 from dllm_jepa.config._eval_keys import TASK
 from dllm_jepa.config._kinds import Component
+
+from dllm_jepa import evals
 from dllm_jepa.data import generate_regex_pairs
 from dllm_jepa.errors import CheckpointError, ConfigError, DataError
 from dllm_jepa.evals import EvalTask, GenerationTask
