@@ -14,6 +14,7 @@ import math
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -29,7 +30,7 @@ from dllm_jepa.jepa import (
     EMATargetEncoder,
     GlobalCounts,
     L2Anchor,
-    StepSums,
+    band_sums,
     is_jepa_step,
     jepa_loss,
     masked_token_weights,
@@ -90,11 +91,17 @@ class DLLMJEPAFullRecipe:
         self.cleanup.callback(self.prefetched.close)
         self.run.check_steps(self.num_steps)
         model = {"family": self.model.family, "sizes": asdict(self.model.sizes)}
-        self.facts = training.run_facts(self.ranks, seed=cfg.seed, base=cfg.checkpoint_dir, model=model, data=data)
+        self.fingerprint = training.run_fingerprint(
+            self.ranks, seed=cfg.seed, base=cfg.checkpoint_dir, model=model, data=data
+        )
         if self.run.resume_from is not None:
             training.check_trained(self.run.resume_from, "model", self.model)
-            changes += training.compare_facts(self.run.resume_from.state, self.facts, override=cfg.resume_override)
-        metric_logger = training.build_metric_logger(cfg.metric_logger, self.ranks)
+            changes += training.compare_fingerprints(
+                self.run.resume_from.state, self.fingerprint, override=cfg.resume_override
+            )
+        metric_logger = training.build_metric_logger(
+            cfg.metric_logger and partial(instantiate, cfg.metric_logger), self.ranks
+        )
         self.setup_model()
         self.trained = nn.ModuleDict({"model": self.model})
         self.target_encoder = None
@@ -111,7 +118,11 @@ class DLLMJEPAFullRecipe:
         self.parts = {"target": self.target_encoder, "monitor": self.monitor, "anchor": self.anchor}
         self.optimizer = instantiate(cfg.optimizer, self.trained.parameters())
         self.optimizer_in_bwd = training.OptimizerInBackward(self.optimizer) if cfg.optimizer_in_bwd else None
-        self.lr_scheduler = training.build_lr_scheduler(cfg.lr_scheduler, self.optimizer, num_steps=self.num_steps)
+        self.lr_scheduler = training.build_lr_scheduler(
+            cfg.lr_scheduler and partial(instantiate, cfg.lr_scheduler),
+            self.optimizer,
+            num_steps=(cfg.lr_scheduler or {}).get("num_training_steps") or self.num_steps,
+        )
         self.setup_run(metric_logger, changes)
 
     def setup_batches(self) -> tuple[TrainingBatches, int, dict[str, str | int]]:
@@ -131,7 +142,7 @@ class DLLMJEPAFullRecipe:
             num_ranks=self.ranks.world_size,
             seed=cfg.seed,
             packed=cfg.packed,
-            accumulates=not cfg.optimizer_in_bwd,
+            unsplit_for="optimizer_in_bwd" if cfg.optimizer_in_bwd else None,
         )
         batches = TrainingBatches(
             dataset,
@@ -198,12 +209,13 @@ class DLLMJEPAFullRecipe:
         self.log = training.RunLog(
             self.run,
             metric_logger,
-            training.build_profiler(cfg.profiler),
+            training.build_profiler(cfg.profiler and partial(instantiate, cfg.profiler)),
             self.ranks,
             num_steps=self.num_steps,
             log_every_n_steps=cfg.log_every_n_steps,
             peak_tflops=cfg.peak_tflops,
             samples=self.batches.samples,
+            compiles=cfg.compile,
         )
         self.cleanup.callback(self.log.close)
         self.log.say(choose_packed_attention(self.model, self.ranks.device, self.compute_dtype))
@@ -213,7 +225,7 @@ class DLLMJEPAFullRecipe:
             self.run.checkpoints,
             self.ranks,
             config_yaml=self.config_yaml,
-            facts=self.facts,
+            fingerprint=self.fingerprint,
             every_n_steps=cfg.checkpoint.every_n_steps,
             keep_last=cfg.checkpoint.keep_last,
             keep_every=cfg.checkpoint.keep_every,
@@ -235,7 +247,7 @@ class DLLMJEPAFullRecipe:
             targets = self.embed_targets(micro_batches, step)
             self.log.lap("target")
 
-            sums, pooled_rows = StepSums(self.ranks.device), []
+            pooled_rows = []
             for index, batch in enumerate(micro_batches):
                 # 3. The one forward that carries gradient; the head scores masked tokens only, a chunk at a time
                 weights = masked_token_weights(cfg.loss_weight, counts, **batch.loss_counts())  # [n]
@@ -262,11 +274,14 @@ class DLLMJEPAFullRecipe:
                 self.log.lap("forward")
                 # 5. Backward
                 loss.backward()
-                sums.add(diffusion_loss, alignment_loss, token_loss, **batch.loss_counts())
+                self.log.add("diffusion_loss", diffusion_loss)
+                self.log.add("jepa_loss", alignment_loss)
+                for band, (total, count) in band_sums(token_loss, **batch.loss_counts()).items():
+                    self.log.add(band, total, count=count)
                 self.log.lap("backward")
 
             # 6. Optimizer and schedule, once per step
-            values, learning_rate = self.update_weights(sums)
+            values, learning_rate = self.update_weights()
             self.log.lap("optimizer")
             # 7. EMA, after the optimizer
             if self.target_encoder is not None:
@@ -314,7 +329,7 @@ class DLLMJEPAFullRecipe:
         positions = torch.cat([batch.batch_positions for batch in micro_batches])
         return self.ranks.gather_rows(torch.cat(rows), positions, self.cfg.global_batch_size)
 
-    def update_weights(self, sums: StepSums) -> tuple[dict[str, Tensor], float]:
+    def update_weights(self) -> tuple[dict[str, Tensor], float]:
         """Anchor, clip, step optimizer and schedule.
 
         Returns:
@@ -331,9 +346,9 @@ class DLLMJEPAFullRecipe:
             self.optimizer.zero_grad(set_to_none=True)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        self.ranks.sum(sums.values)
-        losses = sums.losses(jepa_weight=self.cfg.jepa_weight, penalty=penalty)
-        return losses | {"grad_norm": training.full_tensor(norm)}, learning_rate
+        losses = self.log.reduce()
+        loss = losses["diffusion_loss"] + self.cfg.jepa_weight * losses["jepa_loss"] + penalty
+        return {"loss": loss} | losses | {"grad_norm": training.full_tensor(norm)}, learning_rate
 
     def check_health(
         self, step: int, losses: dict[str, Tensor], pooled_rows: list[Tensor], micro_batches: list[MicroBatch]
@@ -366,7 +381,7 @@ class DLLMJEPAFullRecipe:
         parts = {"online": self.model.state_dict()}
         if self.target_encoder is not None:  # it has no head: the trained one goes with it
             parts["target"] = parts["online"] | {f"backbone.{n}": w for n, w in self.target_encoder.tensors().items()}
-        state = self.facts | {"step": self.num_steps, "metrics": self.run.metrics.last_row}
+        state = self.fingerprint | {"step": self.num_steps, "metrics": self.run.metrics.last_row}
         dtype = DTYPES[cfg.export_dtype or cfg.compute_dtype]
         # What exists is from before an interruption between the two.
         for part in self.run.missing(EXPORTS[cfg.export]):

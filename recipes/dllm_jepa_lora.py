@@ -14,6 +14,7 @@ Shape legend: S sequences of a micro-batch, G of the global batch, n masked toke
 import math
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -28,7 +29,7 @@ from dllm_jepa.jepa import (
     CollapseMonitor,
     EMAAdapterTargetEncoder,
     GlobalCounts,
-    StepSums,
+    band_sums,
     is_jepa_step,
     jepa_loss,
     masked_token_weights,
@@ -94,11 +95,15 @@ class DLLMJEPALoRARecipe:
         model = {"family": self.model.family, "sizes": asdict(self.model.sizes), "lora": asdict(self.model.lora)}
         weights = f"random, seed {cfg.seed}" if self.origin is None else self.origin.fingerprint()
         base = {"base": cfg.checkpoint_dir, "base_weights": weights}
-        self.facts = training.run_facts(self.ranks, seed=cfg.seed, model=model, data=data, **base)
+        self.fingerprint = training.run_fingerprint(self.ranks, seed=cfg.seed, model=model, data=data, **base)
         if self.run.resume_from is not None:
             training.check_trained(self.run.resume_from, "model", self.model)
-            changes += training.compare_facts(self.run.resume_from.state, self.facts, override=cfg.resume_override)
-        metric_logger = training.build_metric_logger(cfg.metric_logger, self.ranks)
+            changes += training.compare_fingerprints(
+                self.run.resume_from.state, self.fingerprint, override=cfg.resume_override
+            )
+        metric_logger = training.build_metric_logger(
+            cfg.metric_logger and partial(instantiate, cfg.metric_logger), self.ranks
+        )
         self.setup_model()
         self.trained = nn.ModuleDict({"model": self.model})
         self.target_encoder = None
@@ -113,7 +118,11 @@ class DLLMJEPALoRARecipe:
         )
         self.parts = {"target": self.target_encoder, "monitor": self.monitor}
         self.optimizer = instantiate(cfg.optimizer, [p for p in self.trained.parameters() if p.requires_grad])
-        self.lr_scheduler = training.build_lr_scheduler(cfg.lr_scheduler, self.optimizer, num_steps=self.num_steps)
+        self.lr_scheduler = training.build_lr_scheduler(
+            cfg.lr_scheduler and partial(instantiate, cfg.lr_scheduler),
+            self.optimizer,
+            num_steps=(cfg.lr_scheduler or {}).get("num_training_steps") or self.num_steps,
+        )
         self.setup_run(metric_logger, changes)
 
     def setup_batches(self) -> tuple[TrainingBatches, int, dict[str, str | int]]:
@@ -189,12 +198,13 @@ class DLLMJEPALoRARecipe:
         self.log = training.RunLog(
             self.run,
             metric_logger,
-            training.build_profiler(cfg.profiler),
+            training.build_profiler(cfg.profiler and partial(instantiate, cfg.profiler)),
             self.ranks,
             num_steps=self.num_steps,
             log_every_n_steps=cfg.log_every_n_steps,
             peak_tflops=cfg.peak_tflops,
             samples=self.batches.samples,
+            compiles=cfg.compile,
         )
         self.cleanup.callback(self.log.close)
         self.log.say(choose_packed_attention(self.model, self.ranks.device, self.compute_dtype))
@@ -204,7 +214,7 @@ class DLLMJEPALoRARecipe:
             self.run.checkpoints,
             self.ranks,
             config_yaml=self.config_yaml,
-            facts=self.facts,
+            fingerprint=self.fingerprint,
             every_n_steps=cfg.checkpoint.every_n_steps,
             keep_last=cfg.checkpoint.keep_last,
             keep_every=cfg.checkpoint.keep_every,
@@ -226,7 +236,7 @@ class DLLMJEPALoRARecipe:
             targets = self.embed_targets(micro_batches, step)
             self.log.lap("target")
 
-            sums, pooled_rows = StepSums(self.ranks.device), []
+            pooled_rows = []
             for index, batch in enumerate(micro_batches):
                 # 3. The one forward that carries gradient; the head scores masked tokens only, a chunk at a time
                 weights = masked_token_weights(cfg.loss_weight, counts, **batch.loss_counts())  # [n]
@@ -253,11 +263,14 @@ class DLLMJEPALoRARecipe:
                 self.log.lap("forward")
                 # 5. Backward
                 loss.backward()
-                sums.add(diffusion_loss, alignment_loss, token_loss, **batch.loss_counts())
+                self.log.add("diffusion_loss", diffusion_loss)
+                self.log.add("jepa_loss", alignment_loss)
+                for band, (total, count) in band_sums(token_loss, **batch.loss_counts()).items():
+                    self.log.add(band, total, count=count)
                 self.log.lap("backward")
 
             # 6. Optimizer and schedule, once per step
-            values, learning_rate = self.update_weights(sums)
+            values, learning_rate = self.update_weights()
             self.log.lap("optimizer")
             # 7. EMA, after the optimizer
             if self.target_encoder is not None:
@@ -305,7 +318,7 @@ class DLLMJEPALoRARecipe:
         positions = torch.cat([batch.batch_positions for batch in micro_batches])
         return self.ranks.gather_rows(torch.cat(rows), positions, self.cfg.global_batch_size)
 
-    def update_weights(self, sums: StepSums) -> tuple[dict[str, Tensor], float]:
+    def update_weights(self) -> tuple[dict[str, Tensor], float]:
         """Clip, step optimizer and schedule.
 
         Returns:
@@ -318,9 +331,9 @@ class DLLMJEPALoRARecipe:
         self.optimizer.zero_grad(set_to_none=True)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        self.ranks.sum(sums.values)
-        losses = sums.losses(jepa_weight=self.cfg.jepa_weight)
-        return losses | {"grad_norm": training.full_tensor(norm)}, learning_rate
+        losses = self.log.reduce()
+        loss = losses["diffusion_loss"] + self.cfg.jepa_weight * losses["jepa_loss"]
+        return {"loss": loss} | losses | {"grad_norm": training.full_tensor(norm)}, learning_rate
 
     def check_health(
         self, step: int, losses: dict[str, Tensor], pooled_rows: list[Tensor], micro_batches: list[MicroBatch]
@@ -353,7 +366,7 @@ class DLLMJEPALoRARecipe:
         parts = {"online": training.trained_tensors(self.model)}
         if self.target_encoder is not None:
             parts["target"] = self.target_encoder.tensors()
-        state = self.facts | {"step": self.num_steps, "metrics": self.run.metrics.last_row}
+        state = self.fingerprint | {"step": self.num_steps, "metrics": self.run.metrics.last_row}
         missing = self.run.missing(exports(cfg))  # what exists is from before an interruption between two
         for part in EXPORTS[cfg.export]:
             adapters = dict(training.full_tensors(parts[part]))  # gathering takes part on every rank
