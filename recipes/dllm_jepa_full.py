@@ -33,7 +33,7 @@ from dllm_jepa.jepa import (
     CollapseMonitor,
     GlobalCounts,
     L2Anchor,
-    StepSums,
+    band_sums,
     is_jepa_step,
     jepa_loss,
     masked_token_weights,
@@ -173,18 +173,21 @@ class DLLMJEPARecipe:
         self.cleanup.callback(self.prefetched.close)
         self.run.check_steps(self.num_steps)
         self.base = self.checkpoint or InitialWeights(self.model, seed=cfg.seed, num_layers=self.model.sizes.num_layers)
-        self.facts = training.run_facts(
+        base_weights = {} if self.model.lora is None else {"base_weights": self.base.fingerprint()}
+        self.fingerprint = training.run_fingerprint(
             self.ranks,
             seed=cfg.seed,
             base=cfg.checkpoint_dir,
             model=self.model.architecture(),
             data=data,
-            **({} if self.model.lora is None else {"base_weights": self.base.fingerprint()}),
+            **base_weights,
         )
         if self.run.resume_from is not None:
             training.check_trained(self.run.resume_from, "model", self.model)
-            changes += training.compare_facts(self.run.resume_from.state, self.facts, override=cfg.resume_override)
-        metric_logger = training.build_metric_logger(cfg.metric_logger, self.ranks)
+            changes += training.compare_fingerprints(
+                self.run.resume_from.state, self.fingerprint, override=cfg.resume_override
+            )
+        metric_logger = training.build_metric_logger(cfg.metric_logger and cfg.metric_logger.build, self.ranks)
         self.setup_model()
         self.trained = nn.ModuleDict({"model": self.model})
         self.target_encoder = None
@@ -222,7 +225,7 @@ class DLLMJEPARecipe:
             num_ranks=self.ranks.world_size,
             seed=cfg.seed,
             packed=cfg.packed,
-            accumulates=not cfg.optimizer_in_bwd,
+            unsplit_for="optimizer_in_bwd" if cfg.optimizer_in_bwd else None,
         )
         batches = TrainingBatches(
             dataset,
@@ -294,12 +297,13 @@ class DLLMJEPARecipe:
         self.log = training.RunLog(
             self.run,
             metric_logger,
-            training.build_profiler(cfg.profiler),
+            training.build_profiler(cfg.profiler and cfg.profiler.build),
             self.ranks,
             num_steps=self.num_steps,
             log_every_n_steps=cfg.log_every_n_steps,
             peak_tflops=cfg.peak_tflops,
             samples=self.batches.samples,
+            compiles=cfg.compile,
         )
         self.cleanup.callback(self.log.close)
         self.log.say(choose_packed_attention(self.model, self.ranks.device, self.compute_dtype))
@@ -309,7 +313,7 @@ class DLLMJEPARecipe:
             self.run.checkpoints,
             self.ranks,
             config_yaml=self.config_yaml,
-            facts=self.facts,
+            fingerprint=self.fingerprint,
             every_n_steps=cfg.checkpoint.every_n_steps,
             keep_last=cfg.checkpoint.keep_last,
             keep_every=cfg.checkpoint.keep_every,
@@ -331,7 +335,7 @@ class DLLMJEPARecipe:
             targets = self.embed_targets(micro_batches, step)
             self.log.lap("target")
 
-            sums, pooled_rows = StepSums(self.ranks.device), []
+            pooled_rows = []
             for index, batch in enumerate(micro_batches):
                 # 3. The one forward that carries gradient; the head scores masked tokens only, a chunk at a time
                 weights = masked_token_weights(cfg.loss_weight, counts, **batch.loss_counts())  # [n]
@@ -358,11 +362,14 @@ class DLLMJEPARecipe:
                 self.log.lap("forward")
                 # 5. Backward
                 loss.backward()
-                sums.add(diffusion_loss, alignment_loss, token_loss, **batch.loss_counts())
+                self.log.add("diffusion_loss", diffusion_loss)
+                self.log.add("jepa_loss", alignment_loss)
+                for band, (total, count) in band_sums(token_loss, **batch.loss_counts()).items():
+                    self.log.add(band, total, count=count)
                 self.log.lap("backward")
 
             # 6. Optimizer and schedule, once per step
-            values, learning_rate = self.update_weights(sums)
+            values, learning_rate = self.update_weights()
             self.log.lap("optimizer")
             # 7. EMA, after the optimizer
             if self.target_encoder is not None:
@@ -410,7 +417,7 @@ class DLLMJEPARecipe:
         positions = torch.cat([batch.batch_positions for batch in micro_batches])
         return self.ranks.gather_rows(torch.cat(rows), positions, self.cfg.global_batch_size)
 
-    def update_weights(self, sums: StepSums) -> tuple[dict[str, Tensor], float]:
+    def update_weights(self) -> tuple[dict[str, Tensor], float]:
         """Anchor, clip, step optimizer and schedule.
 
         Returns:
@@ -427,9 +434,9 @@ class DLLMJEPARecipe:
             self.optimizer.zero_grad(set_to_none=True)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        self.ranks.sum(sums.values)
-        losses = sums.losses(jepa_weight=self.cfg.jepa_weight, penalty=penalty)
-        return losses | {"grad_norm": training.full_tensor(norm)}, learning_rate
+        losses = self.log.reduce()
+        loss = losses["diffusion_loss"] + self.cfg.jepa_weight * losses["jepa_loss"] + penalty
+        return {"loss": loss} | losses | {"grad_norm": training.full_tensor(norm)}, learning_rate
 
     def check_health(
         self, step: int, losses: dict[str, Tensor], pooled_rows: list[Tensor], micro_batches: list[MicroBatch]
@@ -467,7 +474,7 @@ class DLLMJEPARecipe:
             if not missing or not self.ranks.is_rank_zero:
                 deque(stream, maxlen=0)  # gathering takes part on every rank
                 continue
-            state = self.facts | {"step": self.num_steps, "metrics": self.run.metrics.last_row}
+            state = self.fingerprint | {"step": self.num_steps, "metrics": self.run.metrics.last_row}
             files = {"tokenizer": self.tokenizer, "card": model_card(part, state, self.config_yaml)}
             base, dtype = cfg.checkpoint_dir, DTYPES[cfg.export_dtype or cfg.compute_dtype]
             adapters = {} if self.model.lora is None else dict(stream)
