@@ -5,7 +5,7 @@ from dllm_jepa.training._lock import locked
 from dllm_jepa.training._optimizer_in_bwd import OptimizerInBackward
 from dllm_jepa.training._progress import MetricLogger, RunLog, build_metric_logger, build_profiler
 from dllm_jepa.training._ranks import Ranks
-from dllm_jepa.training._run_directory import RunDirectory
+from dllm_jepa.training._run_directory import RunDirectory, saved_states
 from dllm_jepa.training._schedules import build_lr_scheduler, cosine_with_warmup
 from dllm_jepa.training._sharding import full_tensor, full_tensors, materialize, shard
 from dllm_jepa.training._signals import STOPPED_EXIT_CODE, Stopped, StopSignals
@@ -44,6 +44,7 @@ __all__ = [
     "locked",
     "materialize",
     "run_facts",
+    "saved_states",
     "shard",
     "trained_tensors",
 ]
