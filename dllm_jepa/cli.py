@@ -89,17 +89,19 @@ def _parser() -> argparse.ArgumentParser:
     memory.set_defaults(command=_memory)
 
     checkpoints = commands.add_parser("checkpoints", help="list the training states of a run, and verify them")
-    checkpoints.add_argument("directory", type=Path, help="output_dir of a run, or the folder of its checkpoints")
+    checkpoints.add_argument("directory", type=Path, help="output_dir of a run, or one of its training states")
     checkpoints.set_defaults(command=_checkpoints)
 
     export = commands.add_parser(
-        "export", help="write the model or adapter of a training state as a Hugging Face directory"
+        "export", help="write the model or adapter of a run as a Hugging Face directory, or merge an adapter"
     )
-    export.add_argument("checkpoint", type=Path, help="a training state, such as RUN/checkpoints/latest")
+    export.add_argument("checkpoint", type=Path, help="a run (its newest training state), a training state, an adapter")
     export.add_argument("out", type=Path, help="directory to create")
     export.add_argument("--part", choices=("online", "target"), default="online", help="weights (default: online)")
     export.add_argument("--dtype", choices=("fp32", "bf16"), help="stored type (default: that of the run's own export)")
-    export.add_argument("--like", type=Path, help="directory for config.json and tokenizer (default: the run's base)")
+    export.add_argument(
+        "--base", "--like", type=Path, help="the model that the run or adapter stands on (default: the recorded one)"
+    )
     export.add_argument("--merged", action="store_true", help="of LoRA: the base with the adapter merged into it")
     export.set_defaults(command=_export)
 
@@ -212,17 +214,11 @@ def _with_paths(value: Any) -> Any:
 
 def _checkpoints(arguments: argparse.Namespace) -> None:
     """Print step, date, size and state of every checkpoint, reading each of them whole."""
-    from dllm_jepa.training import SavedCheckpoint, list_checkpoints  # seconds to import
+    from dllm_jepa.training import SavedCheckpoint, saved_states  # seconds to import
 
-    directory: Path = arguments.directory
-    if not directory.is_dir():
-        what = "is a file" if directory.exists() else "does not exist"
-        raise CheckpointError(f"{directory} {what}; give the output_dir of a run, or the folder of its checkpoints")
-    inside = directory / "checkpoints"
-    folder = inside if inside.is_dir() else directory
-    found = list_checkpoints(folder)
+    found = saved_states(arguments.directory)
     if not found:
-        print(f"no training states in {folder}")
+        print(f"no training states in {arguments.directory}")
         return
     print(f"{'STEP':>8}  {'SAVED':<25}  {'SIZE':>10}  STATE")
     for path in found:
@@ -238,7 +234,7 @@ def _checkpoints(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    """Write a Hugging Face directory from a checkpoint."""
+    """Write a Hugging Face directory from a run, a training state or an adapter."""
     from dllm_jepa.export import export_checkpoint  # seconds to import
 
     export_checkpoint(
@@ -246,7 +242,7 @@ def _export(arguments: argparse.Namespace) -> None:
         arguments.out,
         part=arguments.part,
         dtype=arguments.dtype,
-        like=arguments.like,
+        base=arguments.base,
         merged=arguments.merged,
     )
     print(f"wrote {arguments.out}")

@@ -1,4 +1,4 @@
-"""From a training checkpoint to a Hugging Face directory: offline, without a GPU, one tensor at a time."""
+"""From a training state or an adapter to a Hugging Face directory: offline, without a GPU."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,26 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from dllm_jepa.errors import CheckpointError
-from dllm_jepa.models import SHARD_BYTES, model_card, save_adapter, save_hf, save_merged
-from dllm_jepa.trained_model import base_source, check_part, saved_model, saved_tokenizer, saved_weights
-from dllm_jepa.training import SavedCheckpoint
+from dllm_jepa.models import (
+    SHARD_BYTES,
+    OpenedAdapter,
+    is_adapter_directory,
+    model_card,
+    read_prompt,
+    save_adapter,
+    save_hf,
+    save_merged,
+)
+from dllm_jepa.trained_model import (
+    base_weights,
+    check_part,
+    recorded_base,
+    saved_model,
+    saved_prompt,
+    saved_tokenizer,
+    saved_weights,
+)
+from dllm_jepa.training import SavedCheckpoint, saved_states
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -21,35 +38,42 @@ def export_checkpoint(
     *,
     part: str = "online",
     dtype: str | None = None,
-    like: Path | None = None,
+    base: Path | None = None,
     merged: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the model of a checkpoint in its published layout, or its adapter in that of PEFT.
+    """Write the model of a training state in its published layout, or its adapter in that of PEFT.
 
     Args:
-        path: the checkpoint.
+        path: the training state, or the output_dir of a run, which stands for its newest one. With `merged` also the
+            directory of an adapter.
         out: directory to create.
         part: "online", the trained weights, or "target", those of the EMA target encoder with the trained head.
-        dtype: "fp32" or "bf16"; None takes what the run would have exported. Adapters stay as they are.
-        like: published directory to copy config.json and tokenizer files from; None takes the one that the run started
-            from. For adapters it is their base.
-        merged: of a run with adapters, write its base with the adapter merged into it.
+        dtype: "fp32" or "bf16"; None takes what the run would have exported, of an adapter's directory the type of the
+            base. Adapters stay as they are.
+        base: published directory that config.json and tokenizer files are copied from; adapters stand on its weights.
+            None takes the one that the run started from, or that the adapter names.
+        merged: of adapters, write their base with them merged into it.
         shard_bytes: largest size of a weight file in bytes.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged, has no such part, stands on another base, or `out` exists.
+        CheckpointError: if the training state or adapter is damaged, has no such part, stands on another base, or `out`
+            exists.
     """
     if out.exists():
         raise CheckpointError(f"{out} already exists; nothing is overwritten: choose another directory or remove it")
-    checkpoint = SavedCheckpoint(path)
+    if is_adapter_directory(path):
+        _export_adapter(path, out, part, dtype, base, merged, shard_bytes)
+        return
+    states = saved_states(path)
+    checkpoint = SavedCheckpoint(states[-1] if states else path)
     checkpoint.verify()
     state, config = checkpoint.state, OmegaConf.load(checkpoint.config)
-    base = like or (None if state["base"] is None else Path(state["base"]))
+    given, base = base, base or recorded_base(checkpoint)
     if base is not None and not base.is_dir():
-        what = f"--like {base}" if like else f"the run started from {base}, which"
+        what = f"--base {base}" if given else f"the run started from {base}, which"
         raise CheckpointError(
-            f"{what} is not a directory here; give the one to copy config.json and the tokenizer from by --like"
+            f"{what} is not a directory here; give the one to copy config.json and the tokenizer from by --base"
         )
     model = saved_model(checkpoint)
     check_part(checkpoint, part)
@@ -59,6 +83,7 @@ def export_checkpoint(
     files: dict[str, Any] = {
         "tokenizer": saved_tokenizer(checkpoint) if base is None else None,
         "card": model_card(part, state, checkpoint.config.read_text(encoding="utf-8")),
+        "prompt": saved_prompt(checkpoint),
     }
     weights = saved_weights(checkpoint, model, part, stored)
     if model.lora is None:
@@ -66,8 +91,30 @@ def export_checkpoint(
         bar = tqdm(weights, total=names, desc="exporting", unit=" tensors", disable=None)
         save_hf(model, out, base, stored, weights=bar, shard_bytes=shard_bytes, **files)
         return
-    read, adapters = base_source(model, state, base).read, dict(weights)
+    read, adapters = base_weights(model, state, base).read, dict(weights)
     if merged:
         save_merged(model, out, read, adapters, like=base, dtype=stored, shard_bytes=shard_bytes, **files)
     else:
         save_adapter(model, out, adapters, base=base, **files)
+
+
+def _export_adapter(
+    path: Path, out: Path, part: str, dtype: str | None, base: Path | None, merged: bool, shard_bytes: int
+) -> None:
+    """Write the base of an adapter's directory with the adapter merged into it."""
+    if part != "online":
+        raise CheckpointError(f"{path} is an adapter, and only training states have a part {part!r}: leave out --part")
+    if not merged:
+        raise CheckpointError(f"{path} is an adapter already: add --merged to write its base with it merged")
+    adapter = OpenedAdapter.open(path, base)
+    card = path / "README.md"
+    save_hf(
+        adapter.base.build(),
+        out,
+        adapter.base.path,
+        adapter.base.read("backbone.norm.scale").dtype if dtype is None else DTYPES[dtype],
+        weights=adapter.merged(),
+        card=card.read_text(encoding="utf-8") if card.exists() else None,
+        prompt=read_prompt(path),
+        shard_bytes=shard_bytes,
+    )

@@ -14,6 +14,7 @@ Needs the extra `dllm-jepa[lm-eval]`.
 import inspect
 import json
 import logging
+import pkgutil
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,17 +25,15 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
-from omegaconf import DictConfig
 from tqdm import tqdm
 
 from dllm_jepa.errors import ConfigError, UserError
 from dllm_jepa.evals.likelihood import conditional_log_likelihood
-from dllm_jepa.generation import Decoding, dream_decoding, llada_decoding
-from dllm_jepa.models import Tokenizer
-from dllm_jepa.trained_model import TOKENIZERS, ModelSource, open_model
+from dllm_jepa.generation import Decoding, llada_decoding
+from dllm_jepa.models import BUILT_IN_TOKENIZER, FAMILIES, Tokenizer, find_tokenizer, known_tokenizers
+from dllm_jepa.trained_model import ModelSource, open_model
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_DECODINGS: dict[str, Callable[..., Decoding]] = {"llada": llada_decoding, "Dream": dream_decoding}
 _DEFAULT_GEN_LENGTH = 256
 # The harness hands a prompt on as text, in which no special token can be told from its name. So a chat travels as JSON.
 _CHAT_START = '{"dllm_jepa_chat": '
@@ -55,6 +54,7 @@ class DLLMJEPAHarnessModel(TemplateLM):
     Args:
         checkpoint_dir: a Hugging Face directory, an adapter, or a training state.
         part: of a training state, "online" or "target".
+        base: of adapters, directory of their base; None takes the recorded one.
         dtype: type of weights and computation, fp32 or bf16.
         device: device of the model; None takes the GPU if there is one.
         batch_size: rows in one forward pass.
@@ -76,6 +76,7 @@ class DLLMJEPAHarnessModel(TemplateLM):
         self,
         checkpoint_dir: str,
         part: str = "online",
+        base: str | None = None,
         dtype: str = "fp32",
         device: str | None = None,
         batch_size: int | str = 1,
@@ -96,7 +97,7 @@ class DLLMJEPAHarnessModel(TemplateLM):
             raise ConfigError(f"batch_size: {batch_size!r} given, must be a number of rows, at least 1")
         if num_samples < 1:
             raise ConfigError(f"num_samples: {num_samples} given, must be at least 1")
-        source = open_model(checkpoint_dir, part=part)
+        source = open_model(checkpoint_dir, part=part, base=base)
         self._text_tokenizer = _tokenizer(source, tokenizer)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self._device.type == "cuda" and not torch.cuda.is_available():
@@ -106,7 +107,7 @@ class DLLMJEPAHarnessModel(TemplateLM):
         self._seed = seed
         self._gen_length = gen_length
         self._decoding_arguments = {"block_length": block_length, "steps": steps, **decoding}
-        self._builder = _DECODINGS[source.model.family]
+        self._builder: Callable[..., Decoding] = pkgutil.resolve_name(FAMILIES[source.model.family].decoding)
         self._name = f"{source.path} {source.fingerprint[:16]}"
         if unknown := sorted(set(decoding) - set(inspect.signature(self._builder).parameters)):
             raise ConfigError(f"model_args: {', '.join(unknown)} given, which {self._builder.__name__} does not take")
@@ -119,7 +120,13 @@ class DLLMJEPAHarnessModel(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> "DLLMJEPAHarnessModel":
-        """Build from model_args, which win over --device and --batch_size: those have defaults."""
+        """Build from model_args, which win over --device and --batch_size: those have defaults.
+
+        Raises:
+            ConfigError: if they name no model.
+        """
+        if not arg_dict.get("checkpoint_dir"):
+            raise ConfigError("no model given: add --model_args checkpoint_dir=DIRECTORY, with a model in it")
         options = additional_config or {}
         return cls(**{name: value for name, value in options.items() if value is not None} | arg_dict)
 
@@ -354,14 +361,18 @@ class DLLMJEPAHarnessModel(TemplateLM):
 
 def _tokenizer(source: ModelSource, name: str | None) -> Tokenizer:
     """The tokenizer that was asked for, or the model's own."""
-    builders = {path.split(".")[-2]: path for path in TOKENIZERS}
     if name is None:
         return source.tokenizer()
-    if name not in builders:
-        raise ConfigError(f"tokenizer: {name!r} given, must be one of {', '.join(sorted(builders))}")
-    component = {"_component_": builders[name]}
-    # The built-in one is made from no files.
-    return source.tokenizer(DictConfig(component | {"path": None} if name == "tiny" else component))
+    paths = {path.split(".")[-2]: path for path in known_tokenizers()}
+    if name not in paths:
+        raise ConfigError(f"tokenizer: {name!r} given, must be one of {', '.join(sorted(paths))}")
+    builder = find_tokenizer(paths[name])
+    assert builder is not None, name
+    if paths[name] != BUILT_IN_TOKENIZER and source.tokenizer_dir is None:
+        raise ConfigError(f"tokenizer: {name!r} given, but {source.path} has no tokenizer files: leave it out")
+    tokenizer = builder() if paths[name] == BUILT_IN_TOKENIZER else builder(source.tokenizer_dir)
+    source.check_ids(tokenizer)
+    return tokenizer
 
 
 def _stop_strings(task_settings: Mapping[str, Any]) -> list[str]:

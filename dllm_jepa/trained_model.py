@@ -1,10 +1,10 @@
 """Any model on disk, opened by its directory: a Hugging Face directory, an adapter, or a training state."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from omegaconf import OmegaConf
@@ -19,28 +19,33 @@ from dllm_jepa.models import (
     LoRASettings,
     MaskedDiffusionLM,
     OpenedAdapter,
+    Prompt,
     Tokenizer,
     TransformerSizes,
     add_lora,
+    check_prompt,
+    find_tokenizer,
     init_rope,
     is_adapter_directory,
     load_hf,
     merged_weights,
+    read_prompt,
     tokenizer_builder,
 )
-from dllm_jepa.models.dream import dream_tokenizer
-from dllm_jepa.models.llada import llada_tokenizer
-from dllm_jepa.models.tiny import tiny_tokenizer
 from dllm_jepa.training import MANIFEST_NAME, Ranks, SavedCheckpoint, check_trained, trained_tensors
 
-# Files name functions to call; of a file that somebody else may have written only these are called. The whole path is
-# compared: by way of a module's own imports a longer one leads anywhere.
-TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
-    "dllm_jepa.models.dream.dream_tokenizer": dream_tokenizer,
-    "dllm_jepa.models.llada.llada_tokenizer": llada_tokenizer,
-    "dllm_jepa.models.tiny.tiny_tokenizer": tiny_tokenizer,
-}
-_OF_FAMILY: dict[str, Callable[..., Tokenizer]] = {"llada": llada_tokenizer, "Dream": dream_tokenizer}
+
+class Component(Protocol):
+    """A function that a config names, and its arguments."""
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """Arguments that the config gives."""
+        ...
+
+    def build(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function with these arguments besides."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,10 @@ class ModelSource:
         path: its directory.
         model: the model on the meta device.
         tokenizer_dir: directory with its tokenizer files; None for a model that was trained with a built-in tokenizer.
-        fingerprint: what tells its weights from others.
+        fingerprint: a checksum that differs where weights do.
         own_tokenizer: makes its own tokenizer.
         load: loads it into one process, in evaluation mode, from a type and a device.
+        prompt: how it was prompted in training, if its directory says so: `template` and `system_prompt`.
     """
 
     path: Path
@@ -62,6 +68,7 @@ class ModelSource:
     fingerprint: str
     own_tokenizer: Callable[[], Tokenizer]
     load: Callable[[torch.dtype, torch.device], MaskedDiffusionLM]
+    prompt: Prompt | None
 
     def tokenizer(self, component: Component | None = None) -> Tokenizer:
         """A tokenizer for it.
@@ -93,50 +100,58 @@ class ModelSource:
             )
 
 
-def open_model(path: str | Path, *, part: str = "online", ranks: Ranks | None = None) -> ModelSource:
+def open_model(
+    path: str | Path, *, part: str = "online", base: str | Path | None = None, ranks: Ranks | None = None
+) -> ModelSource:
     """Open a model of whatever kind.
 
     Args:
         path: a Hugging Face directory, an adapter (it names its base), or a training state.
         part: of a training state, "online" or "target": the weights of the EMA target encoder with the trained head.
+        base: of adapters (also those of a training state), directory of their base; None takes the recorded one.
         ranks: ranks that share the work of verifying a training state; all of them call this.
 
     Raises:
-        CheckpointError: if it is none of these, is damaged, or has no such part.
+        CheckpointError: if it is none of these, is damaged, has no such part or no adapters, or `base` is not the base
+            that they were trained on.
     """
     path = Path(path)
     if (path / MANIFEST_NAME).is_file():
-        return _open_training_state(path, part, ranks)
+        return _open_training_state(path, part, base, ranks)
     if part != "online":
         raise CheckpointError(f"{path} is no training state, and only these have a part {part!r}: leave out part")
     if is_adapter_directory(path):
-        return _open_adapter(path)
+        return _open_adapter(path, base)
+    if base is not None:
+        raise CheckpointError(f"{path} is no adapter, and only adapters stand on a base: leave out the base {base}")
     if path.is_dir() and not (path / "config.json").exists() and (inside := _models_inside(path)):
         raise CheckpointError(f"{path} is the folder of a run: give one of the models in it: {', '.join(inside)}")
     return _open_hf(path)
 
 
 def _open_hf(path: Path) -> ModelSource:
-    origin = HFCheckpoint(path)
-    model = origin.build()
-    origin.check(model)
+    checkpoint = HFCheckpoint(path)
+    model = checkpoint.build()
+    checkpoint.check(model)
     return ModelSource(
         path,
         model,
         path,
-        origin.fingerprint(),
-        own_tokenizer=lambda: _directory_tokenizer(path, model.family),
+        checkpoint.fingerprint(),
+        own_tokenizer=lambda: _directory_tokenizer(path, checkpoint.family),
         load=lambda dtype, device: load_hf(path, dtype, device),
+        prompt=read_prompt(path),
     )
 
 
-def _open_adapter(path: Path) -> ModelSource:
-    adapter = OpenedAdapter.open(path)
+def _open_adapter(path: Path, base: str | Path | None) -> ModelSource:
+    adapter = OpenedAdapter.open(path, base)
     return replace(
-        _open_hf(adapter.origin.path),
+        _open_hf(adapter.base.path),
         path=path,
         fingerprint=adapter.fingerprint(),
-        load=lambda dtype, device: _filled(adapter.origin.build(), adapter.merged(), dtype, device),
+        load=lambda dtype, device: _filled(adapter.base.build(), adapter.merged(), dtype, device),
+        prompt=read_prompt(path),
     )
 
 
@@ -148,39 +163,40 @@ def _models_inside(run: Path) -> list[str]:
 
 
 def _directory_tokenizer(path: Path, family: str) -> Tokenizer:
-    return TOKENIZERS.get(tokenizer_builder(path) or "", _OF_FAMILY[family])(path)
+    function = find_tokenizer(tokenizer_builder(path) or "") or find_tokenizer(FAMILIES[family].tokenizer)
+    assert function is not None, family
+    return function(path)
 
 
-def _open_training_state(path: Path, part: str, ranks: Ranks | None) -> ModelSource:
+def _open_training_state(path: Path, part: str, base: str | Path | None, ranks: Ranks | None) -> ModelSource:
     checkpoint = SavedCheckpoint(path)
     checkpoint.verify(ranks)
     model = saved_model(checkpoint)
     check_part(checkpoint, part)
-    base = checkpoint.state["base"]
+    if base is not None and model.lora is None:
+        raise CheckpointError(f"{path} is of full fine-tuning, and only adapters stand on a base: leave out {base}")
+    base = recorded_base(checkpoint) if base is None else Path(base)
     if model.lora is not None:
-        base_source(model, checkpoint.state, None if base is None else Path(base))
+        base_weights(model, checkpoint.state, base)
+
+    def load(dtype: torch.dtype, device: torch.device) -> MaskedDiffusionLM:
+        weights = saved_weights(checkpoint, model, part, dtype)
+        plain = _plain(model)
+        if model.lora is not None:
+            read = base_weights(model, checkpoint.state, base).read
+            weights = merged_weights(plain.state_dict(), read, dict(weights), model.lora)
+        return _filled(plain, weights, dtype, device)
+
     digest = hashlib.sha256((checkpoint.path / MANIFEST_NAME).read_bytes()).hexdigest()
     return ModelSource(
         path,
         _plain(model),
-        None if base is None else Path(base),
+        base,
         f"{digest} {part}",
         own_tokenizer=lambda: saved_tokenizer(checkpoint),
-        load=lambda dtype, device: _load_training_state(checkpoint, part, dtype, device),
+        load=load,
+        prompt=saved_prompt(checkpoint),
     )
-
-
-def _load_training_state(
-    checkpoint: SavedCheckpoint, part: str, dtype: torch.dtype, device: torch.device
-) -> MaskedDiffusionLM:
-    model = saved_model(checkpoint)
-    weights = saved_weights(checkpoint, model, part, dtype)
-    plain = _plain(model)
-    if model.lora is not None:
-        base = checkpoint.state["base"]
-        read = base_source(model, checkpoint.state, None if base is None else Path(base)).read
-        weights = merged_weights(plain.state_dict(), read, dict(weights), model.lora)
-    return _filled(plain, weights, dtype, device)
 
 
 def _plain(model: MaskedDiffusionLM) -> MaskedDiffusionLM:
@@ -237,8 +253,23 @@ def check_part(checkpoint: SavedCheckpoint, part: str) -> None:
         )
 
 
-def base_source(model: MaskedDiffusionLM, state: dict[str, Any], base: Path | None) -> HFCheckpoint | InitialWeights:
-    """What the adapters of a training state stand on.
+def recorded_base(checkpoint: SavedCheckpoint) -> Path | None:
+    """The directory that the run of a training state started from; None for random weights."""
+    base = checkpoint.state["base"]
+    return None if base is None else Path(base)
+
+
+def saved_prompt(checkpoint: SavedCheckpoint) -> Prompt | None:
+    """How the run of a training state prompts its model; None if the state does not say so.
+
+    Raises:
+        CheckpointError: if it says something else.
+    """
+    return check_prompt(checkpoint.state.get("prompt"), checkpoint.path / "state.json")
+
+
+def base_weights(model: MaskedDiffusionLM, state: dict[str, Any], base: Path | None) -> HFCheckpoint | InitialWeights:
+    """The weights that the adapters of a training state stand on.
 
     Args:
         model: the model with its adapters.
@@ -250,14 +281,15 @@ def base_source(model: MaskedDiffusionLM, state: dict[str, Any], base: Path | No
     """
     if base is None:
         return InitialWeights(model, seed=state["seed"], num_layers=model.sizes.num_layers)
-    origin = HFCheckpoint(base)
-    origin.check(model)
-    if origin.fingerprint() != state["base_weights"]:
+    checkpoint = HFCheckpoint(base)
+    checkpoint.check(model)
+    if checkpoint.fingerprint() != state["base_weights"]:
         raise CheckpointError(
             f"the adapters were trained on other weights than those of {base}; give the directory of their base, which "
-            f"was {state['base']} (--like of dllm-jepa export)"
+            f"was {state['base']} (base=DIRECTORY in Python, adapter_base=DIRECTORY in a config, --base DIRECTORY of "
+            "dllm-jepa export)"
         )
-    return origin
+    return checkpoint
 
 
 def saved_weights(
@@ -289,10 +321,11 @@ def saved_tokenizer(checkpoint: SavedCheckpoint) -> Tokenizer:
     """
     config: Any = OmegaConf.load(checkpoint.config)
     arguments = {str(key): value for key, value in config.tokenizer.items()}
-    path = arguments.pop("_component_")
-    if path not in TOKENIZERS:
+    path = str(arguments.pop("_component_"))
+    function = find_tokenizer(path)
+    if function is None:
         raise CheckpointError(
             f"the run's tokenizer {path} is not of this package, and code that a checkpoint names is not run; give a "
-            "directory with its files and config.json by --like"
+            "directory with its files and config.json by --base of dllm-jepa export"
         )
-    return TOKENIZERS[path](**arguments)
+    return function(**arguments)

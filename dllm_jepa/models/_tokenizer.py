@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import tokenizers
 
 from dllm_jepa.errors import CheckpointError
-from dllm_jepa.models._tokenizer_files import ADDED_TOKEN_FLAGS, BUILDER_KEY, CONFIG_NAME, TOKENIZER_NAME
+from dllm_jepa.models.files._tokenizer_files import ADDED_TOKEN_FLAGS, BUILDER_KEY, CONFIG_NAME, TOKENIZER_NAME
 
 ROLES = ("system", "user", "assistant")
 

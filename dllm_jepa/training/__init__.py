@@ -3,7 +3,7 @@
 from dllm_jepa.training._lock import locked
 from dllm_jepa.training._optimizers import OptimizerInBackward, cosine_with_warmup, warmup_warning
 from dllm_jepa.training._ranks import Ranks
-from dllm_jepa.training._run_directory import RunDirectory
+from dllm_jepa.training._run_directory import RunDirectory, saved_states
 from dllm_jepa.training._run_log import MetricLogger, RunLog, build_metric_logger, build_profiler
 from dllm_jepa.training._sharding import full_tensor, full_tensors, materialize, shard
 from dllm_jepa.training._signals import STOPPED_EXIT_CODE, Stopped, StopSignals
@@ -43,6 +43,7 @@ __all__ = [
     "locked",
     "materialize",
     "run_fingerprint",
+    "saved_states",
     "shard",
     "trained_tensors",
     "warmup_warning",

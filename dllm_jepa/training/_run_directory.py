@@ -18,13 +18,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dllm_jepa.errors import ConfigError, LaunchError
+from dllm_jepa.errors import CheckpointError, ConfigError, LaunchError
 from dllm_jepa.files import write_atomically
 from dllm_jepa.training._lock import RunLock
 from dllm_jepa.training._ranks import Ranks
 from dllm_jepa.training._run_files import MetricsFile, StatusFile, is_restart
 from dllm_jepa.training._signals import Stopped
 from dllm_jepa.training.checkpoint import (
+    MANIFEST_NAME,
     SavedCheckpoint,
     find_start,
     list_checkpoints,
@@ -230,3 +231,23 @@ class RunDirectory:
     def _release(self) -> None:
         for lock in self._locks:
             lock.release(is_used=self._is_open)
+
+
+def saved_states(path: Path) -> list[Path]:
+    """The training states of a run, oldest first.
+
+    Args:
+        path: the output_dir of the run, the folder of its training states, or one of these.
+
+    Raises:
+        CheckpointError: if it is not a directory.
+    """
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}; give the output_dir of a run, or one of its training states")
+    if (path / MANIFEST_NAME).exists():
+        return [path.resolve()]  # `latest` is a link to the one whose name says its step
+    # Those of a run with a checkpoint.directory of its own stand where its status says that the newest one is.
+    newest = StatusFile(path / "status.json").read().get("checkpoint")
+    folders = [path, path / "checkpoints", *([] if newest is None else [Path(newest).parent])]
+    return next((found for folder in folders if (found := list_checkpoints(folder))), [])

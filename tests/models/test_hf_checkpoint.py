@@ -5,6 +5,7 @@ import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dllm_jepa.errors import CheckpointError
-from dllm_jepa.models import HFCheckpoint, load_hf, save_hf
+from dllm_jepa.models import FAMILIES, HFCheckpoint, TransformerSizes, load_hf, read_prompt, save_hf
 from dllm_jepa.models.llada import llada
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -72,6 +73,17 @@ def test_files_of_the_origin_are_copied_unchanged(checkpoint: Path, tmp_path: Pa
     assert all(copied[name] == f"contents of {name}" for name in kept)
 
 
+def test_the_prompt_format_goes_with_the_model(checkpoint: Path, tmp_path: Path) -> None:
+    assert read_prompt(checkpoint) is None
+    for number, prompt in enumerate([{"template": "chat", "system_prompt": "Be short."}, {"template": "plain"}]):
+        save_hf(load_hf(checkpoint), tmp_path / str(number), prompt=prompt)
+        assert read_prompt(tmp_path / str(number)) == {"system_prompt": None} | prompt
+    for broken in ({"template": "xml"}, {"template": "chat", "system_prompt": 3}, [], "chat"):
+        (checkpoint / "dllm_jepa.json").write_text(json.dumps({"prompt": broken}))
+        with pytest.raises(CheckpointError, match=r"dllm_jepa\.json: prompt is .* must be an object with template"):
+            read_prompt(checkpoint)
+
+
 def test_dtype_of_load_and_save(checkpoint: Path, tmp_path: Path) -> None:
     model = load_hf(checkpoint, torch.bfloat16)
     assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
@@ -82,21 +94,24 @@ def test_dtype_of_load_and_save(checkpoint: Path, tmp_path: Path) -> None:
         assert torch.equal(stored[name], param.bfloat16())
 
 
-def test_tensors_are_written_one_by_one(checkpoint: Path, tmp_path: Path) -> None:
-    """Of all the weights that are handed over, never more than the one at hand is alive."""
+def test_no_more_than_a_file_of_tensors_is_in_memory(checkpoint: Path, tmp_path: Path) -> None:
+    """Of all the weights that are handed over, only those of the file at hand are alive."""
     model = load_hf(checkpoint)
     handed_over: list[weakref.ref[Tensor]] = []
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         for name, weight in model.state_dict().items():
-            assert [ref for ref in handed_over if ref() is not None] == []
+            alive = [tensor for ref in handed_over if (tensor := ref()) is not None]
+            assert sum(tensor.nbytes for tensor in alive) <= 100_000
+            del alive
             copy = weight.clone()
             handed_over.append(weakref.ref(copy))
             yield name, copy
             del copy
 
-    save_hf(model, tmp_path / "out", like=checkpoint, weights=weights())
+    save_hf(model, tmp_path / "out", like=checkpoint, weights=weights(), shard_bytes=100_000)
     assert len(handed_over) == len(tensors_of(checkpoint))
+    assert len([*(tmp_path / "out").glob("*.safetensors")]) > 5
     before, after = tensors_of(checkpoint), tensors_of(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -114,7 +129,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dllm_jepa.models._export_directory.sync_files", full)
+    monkeypatch.setattr("dllm_jepa.models.files._directory.sync_files", full)
     with pytest.raises(CheckpointError, match="out cannot be written: .*No space left on device"):
         save_hf(load_hf(checkpoint), tmp_path / "out", like=checkpoint)
     assert list(tmp_path.iterdir()) == [checkpoint]
@@ -161,6 +176,54 @@ def test_architecture_must_match_the_configured_model(checkpoint: Path) -> None:
         HFCheckpoint(checkpoint).check(llada(**sizes, rope_base=10_000.0))
 
 
+def test_a_tied_head_may_be_stored_twice(checkpoint: Path) -> None:
+    embedding, head = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
+    edit(checkpoint, weight_tying=True)
+    file, tokens = checkpoint / "model.safetensors", torch.arange(6)[None]
+    rewrite(checkpoint, lambda tensors: tensors.pop(head))
+    tensors = load_file(file)
+    expected = load_hf(checkpoint).token_logits(tokens)
+    save_file(tensors | {head: tensors[embedding].clone()}, file)
+    assert torch.equal(load_hf(checkpoint).token_logits(tokens), expected)
+    save_file(tensors | {head: tensors[embedding] + 1}, file)
+    with pytest.raises(CheckpointError, match=r"ff_out\.weight differs from .*wte\.weight, though config\.json ties"):
+        load_hf(checkpoint)
+
+
+def sizes_of(family: str, **changes: Any) -> TransformerSizes:
+    """Sizes from the config.json of a family, with changes; ... removes a key."""
+    config = json.loads((ASSETS / f"{family}_tiny/config.json").read_text()) | changes
+    return FAMILIES[{"llada": "llada", "dream": "Dream"}[family]].sizes(
+        {key: value for key, value in config.items() if value is not ...}
+    )
+
+
+def test_null_means_what_the_published_classes_make_of_it() -> None:
+    """Source: LLaDAConfig and LLaDALlamaBlock (mlp_ratio * d_model), DreamConfig (as many heads as for queries)."""
+    assert sizes_of("llada", mlp_hidden_size=None, mlp_ratio=3).mlp_dim == 3 * 64
+    assert sizes_of("llada", mlp_hidden_size=..., mlp_ratio=...).mlp_dim == 4 * 64
+    assert sizes_of("llada", n_heads=8, n_kv_heads=None).num_kv_heads == 8
+    assert sizes_of("llada", vocab_size=300, embedding_size=None).vocab_size == 300
+    assert sizes_of("dream", num_attention_heads=8, num_key_value_heads=None).num_kv_heads == 8
+    assert not sizes_of("dream", tie_word_embeddings=None).tie_embeddings
+
+
+def test_rope_theta_where_transformers_5_writes_it() -> None:
+    for family in ("llada", "dream"):
+        rope = {"rope_type": "default", "rope_theta": 1234.0}
+        assert sizes_of(family, rope_theta=..., rope_parameters=rope).rope_base == 1234.0
+        assert sizes_of(family, rope_theta=1234.0, rope_parameters=rope).rope_base == 1234.0
+        assert sizes_of(family, rope_theta=1234.0, rope_parameters=None, rope_scaling=None).rope_base == 1234.0
+        for changes, message in (
+            ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type in rope_parameters is 'yarn'"),
+            ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling is {'type': 'linear'"),
+            ({"rope_theta": 99.0, "rope_parameters": rope}, "rope_theta is 99.0, and 1234.0 in rope_parameters"),
+            ({"rope_parameters": [rope]}, "rope_parameters is .*must be an object"),
+        ):
+            with pytest.raises(CheckpointError, match=message):
+                sizes_of(family, **changes)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -169,6 +232,11 @@ def test_architecture_must_match_the_configured_model(checkpoint: Path) -> None:
         (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON: line 1"),
         (lambda d: edit(d, model_type="llama"), "model_type is 'llama'; known: Dream, llada"),
         (lambda d: edit(d, n_layers=None), "config.json has no key 'n_layers', which llada needs"),
+        (lambda d: edit(d, n_layers="4"), "n_layers is '4'; it must be a whole number of at least 1"),
+        (lambda d: edit(d, rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5'; it must be a number above 0"),
+        (lambda d: edit(d, weight_tying="no"), "weight_tying is 'no'; it must be true or false"),
+        (lambda d: edit(d, num_experts=8), "num_experts is 8: this is a mixture of experts"),
+        (lambda d: (d / "config.json").rename(d / "adapter_config.json"), "is an adapter, .*export .*--merged"),
         (lambda d: edit(d, block_type="sequential"), "block_type is 'sequential'; LLaDA backbones have 'llama'"),
         (lambda d: edit(d, n_heads=7), r"embed_dim \(64\) must be an even multiple of num_heads \(7\)"),
         (lambda d: (d / "model-00002-of-00002.safetensors").unlink(), "model-00002-of-00002.safetensors is missing"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,6 @@ ALL: dict[str, Any] = {
 SOME = ALL | {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": False}
 TOKENS = torch.randint(0, 48, (3, 9), generator=torch.Generator().manual_seed(1))
 WEIGHTS = "adapter_model.safetensors"
-SETTINGS = "dllm_jepa.lora"
 
 families = pytest.mark.parametrize("family", ["llada", "dream"])
 kinds = pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
@@ -307,36 +307,6 @@ def name_no_base(adapter: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
 
 
-def from_peft(adapter: Path) -> None:
-    base = Path(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
-    theirs = peft.get_peft_model(published("llada", base), peft.LoraConfig(target_modules=["q_proj"]))
-    shutil.rmtree(adapter)
-    theirs.save_pretrained(str(adapter))
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
-
-
-def metadata_of(adapter: Path) -> dict[str, str]:
-    with safe_open(adapter / WEIGHTS, framework="pt") as file:
-        return dict(file.metadata())
-
-
-def with_settings(text: str) -> Callable[[Path], None]:
-    """Other settings in the metadata."""
-
-    def spoil(adapter: Path) -> None:
-        save_file(load_file(adapter / WEIGHTS), adapter / WEIGHTS, metadata=metadata_of(adapter) | {SETTINGS: text})
-
-    return spoil
-
-
-def changed_setting(name: str, value: Any) -> Callable[[Path], None]:
-    def spoil(adapter: Path) -> None:
-        with_settings(json.dumps(json.loads(metadata_of(adapter)[SETTINGS]) | {name: value}))(adapter)
-
-    return spoil
-
-
 def changed_config(name: str, value: Any) -> Callable[[Path], None]:
     def spoil(adapter: Path) -> None:
         file = adapter / "adapter_config.json"
@@ -356,26 +326,24 @@ def integers(adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        *((with_settings(text), "has unusable settings") for text in ("{", "[]", "{}", "3")),
-        (changed_setting("hack", 1), "has unusable settings"),
-        (changed_setting("alpha", "4"), "has unusable settings"),
-        (changed_setting("alpha", math.inf), "has unusable settings"),
-        (changed_setting("attn_modules", 3), "has unusable settings"),
-        (changed_setting("rank", 0), "has unusable settings"),
-        (changed_setting("rank", 4.0), "one of the two files was changed"),
-        (changed_config("lora_alpha", 100.0), "one of the two files was changed"),
-        (changed_config("r", 8), "one of the two files was changed"),
+        (changed_config("lora_alpha", "4"), "has unusable settings"),
+        (changed_config("lora_alpha", math.inf), "has unusable settings: lora_alpha must be above 0 and finite"),
+        (changed_config("r", 4.0), "has unusable settings: r must be a whole number, got 4.0"),
+        (changed_config("r", 8), r"does not fit its settings"),
+        (changed_config("peft_type", "LOHA"), r"peft_type is 'LOHA'; supported is 'LORA'"),
+        (changed_config("use_rslora", True), r"use_rslora is True; supported is False"),
+        (changed_config("alpha_pattern", {"q_proj": 3}), r"alpha_pattern is {'q_proj': 3}; supported is {}"),
+        (changed_config("init_lora_weights", "pissa"), r"init_lora_weights is 'pissa'; supported is True"),
         (changed_config("base_model_name_or_path", 3), "names no base"),
         (not_a_number, "not finite numbers"),
         (integers, "not finite numbers"),
         (lambda d: (d / "adapter_config.json").unlink(), r"adapter is no adapter: it has no adapter_config\.json"),
         (lambda d: shutil.rmtree(d), r"adapter is no adapter: it has no adapter_config\.json"),
         (lambda d: (d / "adapter_config.json").write_text("{"), r"adapter_config\.json is not JSON"),
-        (name_no_base, "names no base: it was trained on random weights"),
+        (name_no_base, "names no base. An adapter trained on random weights"),
         (lambda d: (d / WEIGHTS).unlink(), r"adapter_model\.safetensors cannot be read"),
         (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-100]), "safetensors cannot be read"),
         (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:5]), "safetensors cannot be read"),
-        (from_peft, r"safetensors was not written by this package"),
         (
             other_rank,
             r"does not fit its settings:\n  .*blocks\.0\.attn_out\.lora_A\.weight: \(2, 32\), needed \(4, 32\)",
@@ -397,9 +365,52 @@ def test_another_base_is_refused(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="was trained on other weights than those of"):
         load_adapter(adapter, save_base("dream", tmp_path / "dream"))
     shutil.move(tmp_path / "base", tmp_path / "moved")
-    with pytest.raises(CheckpointError, match="base does not exist"):
+    with pytest.raises(CheckpointError, match="names the base .*base, and there is no such directory.*--base"):
         load_adapter(adapter)
     load_adapter(adapter, tmp_path / "moved")
+
+
+def test_the_base_is_named_by_its_absolute_path(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, adapters = trained("llada", base)
+    monkeypatch.chdir(tmp_path)
+    save_adapter(model, "adapter", adapters, base="base")
+    monkeypatch.chdir("/")
+    assert load_adapter(tmp_path / "adapter").lora == model.lora
+
+
+def test_a_base_of_the_hub_is_a_directory_of_its_name(
+    adapter: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed_config("base_model_name_or_path", "GSAI-ML/LLaDA-8B-Base")(adapter)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="names the base GSAI-ML/LLaDA-8B-Base, and there is no such directory"):
+        load_adapter(adapter)
+    shutil.copytree(base, "GSAI-ML/LLaDA-8B-Base")
+    load_adapter(adapter)
+
+
+@families
+@torch.no_grad()
+def test_an_adapter_that_peft_wrote(family: str, tmp_path: Path) -> None:
+    base = save_base(family, tmp_path / "base")
+    settings = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, lora_alpha=6, init_lora_weights=False)
+    theirs = peft.get_peft_model(published(family, base), settings).eval()
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    ours = load_adapter(tmp_path / "adapter", base)
+    torch.testing.assert_close(raw_logits(ours), theirs(TOKENS), atol=1e-5, rtol=0)
+    assert (raw_logits(ours) - raw_logits(load_hf(base))).abs().max() > 0.05
+
+
+def test_files_have_the_permissions_of_any_other(base: Path, tmp_path: Path) -> None:
+    model, adapters = trained("llada", base)
+    before = os.umask(0o027)
+    try:
+        save_adapter(model, tmp_path / "adapter", adapters, base=base, card="# A card")
+        save_hf(load_hf(base), tmp_path / "hf")
+    finally:
+        os.umask(before)
+    files = [*(tmp_path / "adapter").iterdir(), *(tmp_path / "hf").iterdir()]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o640}
 
 
 def test_an_adapter_of_random_weights_names_no_base(base: Path, tmp_path: Path) -> None:

@@ -356,7 +356,7 @@ def test_a_checkpoint_is_exported_on_a_base_that_has_moved(tmp_path: Path, merge
     saved = tmp_path / "run/checkpoints/latest"
     with pytest.raises(CheckpointError, match="which is not a directory here"):
         export_checkpoint(saved, tmp_path / "out", merged=merged)
-    export_checkpoint(saved, tmp_path / "out", merged=merged, like=tmp_path / "moved")
+    export_checkpoint(saved, tmp_path / "out", merged=merged, base=tmp_path / "moved")
     name = "model-00001-of-00001.safetensors" if merged else "adapter_model.safetensors"
     exported = load_file(tmp_path / "out" / name)
     expected = load_file(tmp_path / "run" / ("hf" if merged else "adapter") / name)
@@ -364,5 +364,5 @@ def test_a_checkpoint_is_exported_on_a_base_that_has_moved(tmp_path: Path, merge
     assert all(torch.equal(tensor, expected[key]) for key, tensor in exported.items())
     save_hf(base_model(1), tmp_path / "other", tokenizer=tiny_tokenizer())
     with pytest.raises(CheckpointError, match="were trained on other weights than those of .*other"):
-        export_checkpoint(saved, tmp_path / "wrong", merged=merged, like=tmp_path / "other")
+        export_checkpoint(saved, tmp_path / "wrong", merged=merged, base=tmp_path / "other")
     assert not (tmp_path / "wrong").exists()

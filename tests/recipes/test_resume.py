@@ -318,7 +318,7 @@ def test_exports_that_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("builder", ["os.mkdir", "dllm_jepa.models._hf_writer.shutil.os.mkdir"])
+@pytest.mark.parametrize("builder", ["os.mkdir", "dllm_jepa.models.files._writer.shutil.os.mkdir"])
 def test_a_checkpoint_cannot_name_code_to_run(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], builder: str
 ) -> None:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from dllm_jepa.errors import CheckpointError
 from dllm_jepa.models._masked_diffusion_lm import TransformerSizes
+from dllm_jepa.models.files._config_json import check_values, flag, positive_number, rope_base, whole_number
 
 # The context the authors document; max_position_embeddings promises more than the model was trained on.
 _DOCUMENTED_CONTEXT = 2048
@@ -23,10 +23,9 @@ _LAYER_NAMES = {
     "mlp_norm.scale": "post_attention_layernorm.weight",
 }
 
-# Keys of config.json whose other values mean another architecture.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
+# Values of config.json that mean this architecture.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
-    "rope_scaling": (None,),
     "use_sliding_window": (False, None),
     "use_mrope": (False, None),
 }
@@ -49,22 +48,21 @@ def dream_sizes(config: dict[str, Any]) -> TransformerSizes:
 
     Raises:
         KeyError: if a key is missing.
-        CheckpointError: if a key asks for an architecture that is not Dream's.
+        CheckpointError: if a key asks for an architecture that is not Dream's, or its value is of the wrong kind.
     """
-    for key, allowed in _REQUIRED.items():
-        if key in config and config[key] not in allowed:
-            raise CheckpointError(f"config.json: {key} is {config[key]!r}; Dream backbones have {allowed[0]!r}")
+    check_values(config, _ALLOWED, "Dream")
+    num_heads = whole_number(config, "num_attention_heads")
     return TransformerSizes(
-        vocab_size=config["vocab_size"],
-        embed_dim=config["hidden_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=config["num_key_value_heads"],
-        mlp_dim=config["intermediate_size"],
-        max_seq_len=min(config["max_position_embeddings"], _DOCUMENTED_CONTEXT),
-        rope_base=config["rope_theta"],
-        norm_eps=config["rms_norm_eps"],
-        tie_embeddings=config.get("tie_word_embeddings", False),
+        vocab_size=whole_number(config, "vocab_size"),
+        embed_dim=whole_number(config, "hidden_size"),
+        num_layers=whole_number(config, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=whole_number(config, "num_key_value_heads", num_heads),
+        mlp_dim=whole_number(config, "intermediate_size"),
+        max_seq_len=min(whole_number(config, "max_position_embeddings"), _DOCUMENTED_CONTEXT),
+        rope_base=rope_base(config),
+        norm_eps=positive_number(config, "rms_norm_eps"),
+        tie_embeddings=flag(config, "tie_word_embeddings", False),
     )
 
 

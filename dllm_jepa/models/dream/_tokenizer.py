@@ -7,12 +7,10 @@ from typing import ClassVar
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-from dllm_jepa.errors import CheckpointError
-from dllm_jepa.models._json import read_json_object
 from dllm_jepa.models._tokenizer import Tokenizer, check_messages
-from dllm_jepa.models._tokenizer_files import (
+from dllm_jepa.models.files._tokenizer_files import (
     SpecialTokens,
-    check_bpe,
+    judged_by_tokenizers,
     read_backend,
     read_special_tokens,
 )
@@ -88,17 +86,9 @@ def dream_tokenizer(path: str | Path) -> DreamTokenizer:
 
 def _qwen2_backend(directory: Path) -> tokenizers.Tokenizer:
     """Build the byte-level BPE of Qwen2 from vocab.json and merges.txt."""
-    vocab = read_json_object(directory / "vocab.json")
-    file = directory / "merges.txt"
-    try:
-        # Not splitlines(), which would also cut at characters that may stand for a byte.
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file}: byte {error.start} is not UTF-8") from error
-    first = 1 if lines[0].startswith("#version") else 0
-    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines[first:] if line)]
-    check_bpe(vocab, merges, file)
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    vocab, merges = str(directory / "vocab.json"), str(directory / "merges.txt")
+    with judged_by_tokenizers(f"{vocab} and {merges}"):
+        backend = tokenizers.Tokenizer(models.BPE.from_file(vocab, merges))
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

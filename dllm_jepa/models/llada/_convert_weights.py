@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from dllm_jepa.errors import CheckpointError
 from dllm_jepa.models._masked_diffusion_lm import TransformerSizes
+from dllm_jepa.models.files._config_json import check_values, flag, positive_number, rope_base, whole_number
 
 _LAYER_NAMES = {
     "attn.q_proj.weight": "q_proj.weight",
@@ -17,8 +17,8 @@ _LAYER_NAMES = {
     "mlp_norm.scale": "ff_norm.weight",
 }
 
-# Keys of config.json whose other values mean another architecture.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
+# Values of config.json that mean this architecture.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
     "block_type": ("llama",),
     "layer_norm_type": ("rms",),
     "activation_type": ("silu",),
@@ -50,23 +50,22 @@ def llada_sizes(config: dict[str, Any]) -> TransformerSizes:
 
     Raises:
         KeyError: if a key is missing.
-        CheckpointError: if a key asks for an architecture that is not LLaDA's.
+        CheckpointError: if a key asks for an architecture that is not LLaDA's, or its value is of the wrong kind.
     """
-    for key, allowed in _REQUIRED.items():
-        if key in config and config[key] not in allowed:
-            raise CheckpointError(f"config.json: {key} is {config[key]!r}; LLaDA backbones have {allowed[0]!r}")
-    num_kv_heads = config.get("n_kv_heads")
+    check_values(config, _ALLOWED, "LLaDA")
+    # Null and absent mean what the published LLaDAConfig makes of them.
+    vocab_size, embed_dim, num_heads = (whole_number(config, key) for key in ("vocab_size", "d_model", "n_heads"))
     return TransformerSizes(
-        vocab_size=config.get("embedding_size") or config["vocab_size"],
-        embed_dim=config["d_model"],
-        num_layers=config["n_layers"],
-        num_heads=config["n_heads"],
-        num_kv_heads=config["n_heads"] if num_kv_heads is None else num_kv_heads,
-        mlp_dim=config["mlp_hidden_size"],
-        max_seq_len=config["max_sequence_length"],
-        rope_base=config["rope_theta"],
-        norm_eps=config["rms_norm_eps"],
-        tie_embeddings=config["weight_tying"],
+        vocab_size=whole_number(config, "embedding_size", vocab_size),
+        embed_dim=embed_dim,
+        num_layers=whole_number(config, "n_layers"),
+        num_heads=num_heads,
+        num_kv_heads=whole_number(config, "n_kv_heads", num_heads),
+        mlp_dim=whole_number(config, "mlp_hidden_size", whole_number(config, "mlp_ratio", 4) * embed_dim),
+        max_seq_len=whole_number(config, "max_sequence_length"),
+        rope_base=rope_base(config),
+        norm_eps=positive_number(config, "rms_norm_eps"),
+        tie_embeddings=flag(config, "weight_tying"),
     )
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.models._tokenizer import Tokenizer, check_messages
-from dllm_jepa.models._tokenizer_files import SpecialTokens, read_backend, read_special_tokens
+from dllm_jepa.models.files._tokenizer_files import SpecialTokens, read_backend, read_special_tokens
 
 _NAMES = SpecialTokens(mask="<|mdm_mask|>", eos="<|endoftext|>", bos="<|startoftext|>")
 

@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from dllm_jepa.models._tokenizer import Tokenizer, check_messages
-from dllm_jepa.models._tokenizer_files import SpecialTokens, read_backend, read_special_tokens
+from dllm_jepa.models.files._tokenizer_files import SpecialTokens, read_backend, read_special_tokens
 from dllm_jepa.models.tiny._vocabulary import (
     BOS_TOKEN,
     END_OF_TURN_TOKEN,

@@ -54,4 +54,21 @@ def dream(
     return MaskedDiffusionLM(sizes, family="Dream", shift_logits=True, attn_bias=True)
 
 
+def dream_7b() -> MaskedDiffusionLM:
+    """Dream-7B (Base and Instruct; also Dream-Coder and DiffuCoder): 7,615,616,512 parameters."""
+    return dream(
+        vocab_size=152_064,
+        embed_dim=3584,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        mlp_dim=18_944,
+        max_seq_len=2048,
+        rope_base=1_000_000.0,
+        norm_eps=1e-6,
+    )
+
+
 lora_dream = with_lora(dream)
+lora_dream_7b = with_lora(dream_7b)
+qlora_dream_7b = with_lora(dream_7b, quantize_base=True)

@@ -54,4 +54,20 @@ def llada(
     return MaskedDiffusionLM(sizes, family="llada", shift_logits=False, attn_bias=False)
 
 
+def llada_8b() -> MaskedDiffusionLM:
+    """LLaDA-8B (Base, Instruct and 1.5 share it): 8,015,581,184 parameters."""
+    return llada(
+        vocab_size=126_464,
+        embed_dim=4096,
+        num_layers=32,
+        num_heads=32,
+        mlp_dim=12_288,
+        max_seq_len=4096,
+        rope_base=500_000.0,
+        norm_eps=1e-5,
+    )
+
+
 lora_llada = with_lora(llada)
+lora_llada_8b = with_lora(llada_8b)
+qlora_llada_8b = with_lora(llada_8b, quantize_base=True)

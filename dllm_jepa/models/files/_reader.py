@@ -1,6 +1,8 @@
 """Reading a published checkpoint: config.json and safetensors, never code and never pickles."""
 
 import hashlib
+from collections.abc import Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ from torch import Tensor
 
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.models._families import FAMILIES
-from dllm_jepa.models._json import read_json_object
 from dllm_jepa.models._lora import is_adapter
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM, TransformerSizes, init_rope
+from dllm_jepa.models.files._directory import read_json_object
 
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
 _NUM_SAMPLED_ROWS = 16
@@ -38,6 +41,11 @@ class HFCheckpoint:
             what = "is not a directory" if self.path.exists() else "does not exist"
             raise CheckpointError(f"checkpoint directory {self.path} {what}")
         if not (self.path / "config.json").exists():
+            if (self.path / ADAPTER_CONFIG_NAME).exists():
+                raise CheckpointError(
+                    f"{self.path} is an adapter, without the weights of its base: merge the two by `dllm-jepa export "
+                    f"{self.path} OUT --merged` and give OUT"
+                )
             raise CheckpointError(f"checkpoint directory {self.path} has no config.json")
         self.config = read_json_object(self.path / "config.json")
         self.family, self.sizes = _read_architecture(self.path / "config.json", self.config)
@@ -85,13 +93,29 @@ class HFCheckpoint:
             problems += [
                 f"missing tensor {name} {list(shapes[name])}" for name in sorted(shapes.keys() - self._file_of)
             ]
-            problems += [f"unexpected tensor {name}" for name in sorted(self._file_of.keys() - shapes.keys())]
+            problems += self._unexpected_tensors(shapes.keys())
             for name in sorted(shapes.keys() & self._file_of.keys()):
                 found = tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
                 if found != shapes[name]:
                     problems.append(f"tensor {name} has shape {list(found)}, the model needs {list(shapes[name])}")
         if problems:
             raise CheckpointError(f"checkpoint {self.path} does not fit the model:\n  " + "\n  ".join(problems))
+
+    def _unexpected_tensors(self, names: Set[str]) -> list[str]:
+        """What is wrong with the tensors that the model does not have, one line each.
+
+        A tied head may be stored besides: tools that gather a sharded model save it twice. But only if it is equal:
+        else one of the two would be lost.
+        """
+        unexpected = self._file_of.keys() - names
+        untied = FAMILIES[self.family].hf_names(replace(self.sizes, tie_embeddings=False))
+        head, embedding = untied["head.weight"], untied["backbone.tok_embeddings.weight"]
+        problems = []
+        if self.sizes.tie_embeddings and head in unexpected and embedding in self._file_of:
+            unexpected.remove(head)
+            if not torch.equal(self._tensor(head), self._tensor(embedding)):
+                problems.append(f"tensor {head} differs from {embedding}, though config.json ties the two")
+        return problems + [f"unexpected tensor {name}" for name in sorted(unexpected)]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """Read a weight by our name.
@@ -103,13 +127,15 @@ class HFCheckpoint:
         Returns:
             The tensor on CPU, in the stored type.
         """
-        hf_name = self._names[name]
+        return self._tensor(self._names[name], rows)
+
+    def _tensor(self, hf_name: str, rows: slice | None = None) -> Tensor:
         weights = self._files[self._file_of[hf_name]].get_slice(hf_name)
         tensor: Tensor = weights[:] if rows is None else weights[rows]
         return tensor
 
     def fingerprint(self) -> str:
-        """What tells these weights from others of the same shapes: sha256 of a few rows of every tensor.
+        """The sha256 of a few rows of every tensor.
 
         Enough to notice another checkpoint, in which practically every weight differs, without reading all of it.
         """

@@ -4,18 +4,17 @@ Only JSON and text files are read: no code of the checkpoint is run and nothing 
 by name, because their ids differ between checkpoints of one family.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken
 
 from dllm_jepa.errors import CheckpointError
-from dllm_jepa.models._json import read_json_object
+from dllm_jepa.models.files._directory import read_json_object
 
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
@@ -23,13 +22,6 @@ SPECIAL_MAP_NAME = "special_tokens_map.json"
 ADDED_TOKENS_NAME = "added_tokens.json"
 BUILDER_KEY = "dllm_jepa.tokenizer"  # in tokenizer_config.json; the library of the hub passes over it
 ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-# The parts of tokenizer.json: the module that has their types, and the key of the parts that a "Sequence" joins.
-_COMPONENTS = {
-    "normalizer": (normalizers, "normalizers"),
-    "pre_tokenizer": (pre_tokenizers, "pretokenizers"),
-    "post_processor": (processors, "processors"),
-    "decoder": (decoders, "decoders"),
-}
 
 
 @dataclass(frozen=True)
@@ -137,10 +129,8 @@ def read_backend(
         what = "is not a directory" if directory.exists() else "does not exist"
         raise CheckpointError(f"tokenizer directory {directory} {what}")
     if (file := directory / TOKENIZER_NAME).exists():
-        content = read_json_object(file)
-        check_tokenizer_json(content, file)
-        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
-        check_ids(backend, {token["content"]: token["id"] for token in content.get("added_tokens", [])}, file)
+        with judged_by_tokenizers(str(file)):
+            backend = tokenizers.Tokenizer.from_file(str(file))
     elif from_vocabulary and (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
         backend = from_vocabulary(directory)
     else:
@@ -170,7 +160,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, directory: Path) -> None:
         tokens.append(AddedToken(entry["content"], **flags))
     backend.add_tokens([token for token in tokens if backend.token_to_id(token.content) is None])
     backend.add_special_tokens([token for token in tokens if token.special])
-    check_ids(backend, {entry["content"]: int(token_id) for token_id, entry in entries.items()}, file)
+    _check_ids(backend, {entry["content"]: int(token_id) for token_id, entry in entries.items()}, file)
 
 
 def _is_added_token(token_id: str, entry: Any) -> bool:
@@ -182,12 +172,8 @@ def _is_added_token(token_id: str, entry: Any) -> bool:
     )
 
 
-def check_ids(backend: tokenizers.Tokenizer, ids: Mapping[str, int], file: Path) -> None:
-    """Hold the ids that a file gives to tokens against the tokenizer, which numbers added tokens by itself.
-
-    Raises:
-        CheckpointError: at the first token that has another id.
-    """
+def _check_ids(backend: tokenizers.Tokenizer, ids: Mapping[str, int], file: Path) -> None:
+    """Hold the ids that a file gives to tokens against the tokenizer, which numbers added tokens by itself."""
     for name, token_id in ids.items():
         if (actual := backend.token_to_id(name)) != token_id:
             raise CheckpointError(
@@ -196,77 +182,17 @@ def check_ids(backend: tokenizers.Tokenizer, ids: Mapping[str, int], file: Path)
             )
 
 
-def check_tokenizer_json(content: Mapping[str, Any], file: Path) -> None:
-    """Hold a tokenizer.json against the form that the `tokenizers` library reads.
-
-    The library ends a malformed one with a bare Exception or a panic, neither of which can be told from a defect of
-    this program.
-
-    Raises:
-        CheckpointError: at the first part that is not of that form.
-    """
-    model = content.get("model")
-    if not isinstance(model, dict) or not hasattr(tokenizers.models, str(model.get("type", "BPE"))):
-        raise CheckpointError(
-            f"{file}: 'model' is not a tokenizer model; the file must be one of the `tokenizers` library"
-        )
-    if model.get("type", "BPE") == "BPE":
-        prefix = model.get("continuing_subword_prefix") or ""
-        if not isinstance(prefix, str):
-            raise CheckpointError(f"{file}: continuing_subword_prefix is {prefix!r}, not text")
-        check_bpe(model.get("vocab"), model.get("merges"), file, prefix)
-    for key, (module, inner) in _COMPONENTS.items():
-        unknown = _unknown_part(content.get(key), module, inner)
-        if content.get(key) is not None and unknown is not None:
-            raise CheckpointError(f"{file}: {key} holds {unknown[:80]}, which is not a known {key}")
-    added = content.get("added_tokens", [])
-    flags = set(ADDED_TOKEN_FLAGS)
-    if not isinstance(added, list) or not all(
-        isinstance(token, dict)
-        and flags <= token.keys()
-        and _is_id(token.get("id"))
-        and _is_added_token(str(token["id"]), token)
-        for token in added
-    ):
-        raise CheckpointError(f"{file}: every entry of added_tokens needs id, content, {', '.join(ADDED_TOKEN_FLAGS)}")
-
-
-def _unknown_part(part: Any, module: ModuleType, inner: str) -> str | None:
-    """The first of a part and the parts that it joins that is not of a type of the module, as text."""
-    if not isinstance(part, dict) or not hasattr(module, str(part.get("type"))):
-        return repr(part)
-    parts = part.get(inner) if part["type"] == "Sequence" else []
-    if not isinstance(parts, list):
-        return repr(part)
-    return next((unknown for joined in parts if (unknown := _unknown_part(joined, module, inner))), None)
-
-
-def check_bpe(vocab: Any, merges: Any, file: Path, prefix: str = "") -> None:
-    """Hold the vocabulary and the merges of a byte-pair encoding against each other.
+@contextmanager
+def judged_by_tokenizers(files: str) -> Iterator[None]:
+    """Let the library read tokenizer files, around its call alone.
 
     Args:
-        vocab: token ids by token.
-        merges: pairs of tokens, each as "left right" or [left, right].
-        file: where they come from, for the message.
-        prefix: what a token that goes on a word starts with, and a merge drops.
+        files: what it reads, for the message.
 
     Raises:
-        CheckpointError: if they are not of that form, or a merge needs a token that is not in the vocabulary.
+        CheckpointError: with its reason, if it refuses them.
     """
-    if not isinstance(vocab, dict) or not all(_is_id(token_id) for token_id in vocab.values()):
-        raise CheckpointError(f"{file}: the vocabulary is not an object of token ids by token")
-    if not isinstance(merges, Sequence):
-        raise CheckpointError(f"{file}: the merges are not a list")
-    for number, merge in enumerate(merges, start=1):
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, Sequence) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise CheckpointError(f"{file}: merge {number} is {merge!r}, not two tokens")
-        for token in (*pair, pair[0] + pair[1][len(prefix) :]):
-            if token not in vocab:
-                raise CheckpointError(
-                    f"{file}: merge {number} ({pair[0]} {pair[1]}) needs {token!r}, which is not in the vocabulary"
-                )
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
+    try:
+        yield
+    except Exception as error:  # the library raises nothing more specific
+        raise CheckpointError(f"{files}: not what the `tokenizers` library reads: {error}") from error

@@ -1,4 +1,4 @@
-"""Adapters merged into the weights of their base, one weight at a time; what is live is never touched.
+"""Adapters merged into the weights of their base, one weight at a time; the model in memory stays as it is.
 
 Shape legend: r rank, I inputs and O outputs of a linear layer.
 """
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from dllm_jepa.models._families import FAMILIES
-from dllm_jepa.models._hf_writer import SHARD_BYTES, save_hf
 from dllm_jepa.models._lora_settings import LoRASettings
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
 from dllm_jepa.models._tokenizer import Tokenizer
+from dllm_jepa.models.files._directory import Prompt
+from dllm_jepa.models.files._writer import SHARD_BYTES, save_hf
 
 _EPSILON = 1e-12
 
@@ -28,6 +29,7 @@ def save_merged(
     dtype: torch.dtype,
     tokenizer: Tokenizer | None = None,
     card: str | None = None,
+    prompt: Prompt | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the plain model that computes what a model with adapters does; see `save_hf`.
@@ -41,6 +43,7 @@ def save_merged(
         dtype: type to store; the sums are taken in fp32.
         tokenizer: see `save_hf`.
         card: see `save_hf`.
+        prompt: see `save_hf`.
         shard_bytes: see `save_hf`.
 
     Raises:
@@ -50,7 +53,17 @@ def save_merged(
     with torch.device("meta"):
         plain = FAMILIES[model.family].build(model.sizes)
     weights = merged_weights(plain.state_dict(), read, adapters, model.lora)
-    save_hf(plain, path, like, dtype, weights=weights, tokenizer=tokenizer, card=card, shard_bytes=shard_bytes)
+    save_hf(
+        plain,
+        path,
+        like,
+        dtype,
+        weights=weights,
+        tokenizer=tokenizer,
+        card=card,
+        prompt=prompt,
+        shard_bytes=shard_bytes,
+    )
 
 
 def merged_weights(

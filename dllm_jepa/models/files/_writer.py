@@ -1,26 +1,23 @@
-"""Writing a model in its published layout: sharded safetensors, index, config.json and the files of its origin."""
+"""Writing a model in its published layout: sharded safetensors, index, config.json, and the files that go with it."""
 
-import json
+import itertools
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dllm_jepa.errors import CheckpointError
-from dllm_jepa.models._export_directory import export_directory
 from dllm_jepa.models._families import FAMILIES
-from dllm_jepa.models._hf_reader import INDEX_NAME, HFCheckpoint
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
 from dllm_jepa.models._tokenizer import Tokenizer
+from dllm_jepa.models.files._directory import Prompt, export_directory, write_json, write_tensors
+from dllm_jepa.models.files._reader import INDEX_NAME, HFCheckpoint
 
 SHARD_BYTES = 5 * 10**9
 """Largest size of a weight file, as published."""
-
-_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 _COPIED = (
     "config.json",
@@ -44,12 +41,13 @@ def save_hf(
     weights: Iterable[tuple[str, Tensor]] | None = None,
     tokenizer: Tokenizer | None = None,
     card: str | None = None,
+    prompt: Prompt | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model so that the published class (and `load_hf`) loads it.
 
     The files are written beside `path` and renamed, so `path` appears complete or not at all. No more than one
-    tensor is held in memory beside the model.
+    file's tensors are held in memory beside the model.
 
     Args:
         model: the model; it gives the names, the family and the sizes.
@@ -61,32 +59,34 @@ def save_hf(
             None takes them from the model.
         tokenizer: without `like`, its files are written and its special ids go into config.json.
         card: text of README.md, the model card; None writes none.
+        prompt: prompt format of the training, written to dllm_jepa.json: `template` ("chat" or "plain") and
+            `system_prompt` (a text or None). None writes none.
         shard_bytes: largest size of a weight file in bytes.
 
     Raises:
         CheckpointError: if `path` exists or cannot be written, or `like` is a checkpoint of another architecture.
     """
-    origin = None if like is None else HFCheckpoint(like)
-    if origin is not None and (differences := origin.architecture_differences(model)):
+    template = None if like is None else HFCheckpoint(like)
+    if template is not None and (differences := template.architecture_differences(model)):
         raise CheckpointError(f"a model cannot be written like {like}: {'; '.join(differences)}")
     named = weights if weights is not None else model.state_dict().items()
-    with export_directory(Path(path), card) as directory:
+    with export_directory(Path(path), card, prompt) as directory:
         _write_shards(model, directory, named, dtype, shard_bytes)
-        _write_rest(model, directory, origin, tokenizer)
+        _write_rest(model, directory, template, tokenizer)
 
 
 def _write_rest(
-    model: MaskedDiffusionLM, directory: Path, origin: HFCheckpoint | None, tokenizer: Tokenizer | None
+    model: MaskedDiffusionLM, directory: Path, template: HFCheckpoint | None, tokenizer: Tokenizer | None
 ) -> None:
-    if origin is not None:
-        for file in {file for pattern in _COPIED for file in origin.path.glob(pattern)}:
+    if template is not None:
+        for file in {file for pattern in _COPIED for file in template.path.glob(pattern)}:
             shutil.copyfile(file, directory / file.name)
         return
     config = FAMILIES[model.family].config(model.sizes)
     if tokenizer is not None:
         tokenizer.save(directory)
         config |= {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("mask", "eos", "pad", "bos")}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "config.json", config)
 
 
 def _write_shards(
@@ -97,47 +97,25 @@ def _write_shards(
     shard_bytes: int,
 ) -> None:
     names = FAMILIES[model.family].hf_names(model.sizes)
-    specs = {names[name]: (dtype or weight.dtype, tuple(weight.shape)) for name, weight in model.state_dict().items()}
-    sizes = {name: math.prod(shape) * stored.itemsize for name, (stored, shape) in specs.items()}
+    shapes = {names[name]: (dtype or weight.dtype, weight.shape) for name, weight in model.state_dict().items()}
+    sizes = {name: math.prod(shape) * stored.itemsize for name, (stored, shape) in shapes.items()}
     shards = list(_plan_shards(sizes, shard_bytes))
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     stream = iter(named)
     for file, members in zip(files, shards, strict=True):
-        _stream_safetensors(directory / file, {member: specs[member] for member in members}, stream, names)
+        tensors: dict[str, Tensor] = {}
+        for expected, (name, weight) in zip(members, itertools.islice(stream, len(members)), strict=True):
+            stored, shape = shapes[expected]
+            if names[name] != expected or weight.shape != shape:
+                raise AssertionError(f"{name} {tuple(weight.shape)} arrived in place of {expected} {tuple(shape)}")
+            tensors[expected] = weight.detach().to("cpu", stored).contiguous()
+        write_tensors(directory / file, tensors)
+        del tensors, weight  # before those of the next file are gathered
     index = {
         "metadata": {"total_size": sum(sizes.values())},
         "weight_map": {member: file for file, members in zip(files, shards, strict=True) for member in members},
     }
-    (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _stream_safetensors(
-    path: Path,
-    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    stream: Iterator[tuple[str, Tensor]],
-    names: Mapping[str, str],
-) -> None:
-    """Write a file one tensor at a time; the library's own writer needs all of them at once.
-
-    Source: format of https://github.com/huggingface/safetensors: size of the header in 8 bytes, the header in JSON,
-    padded to 8 bytes, and the tensors without gaps.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (dtype, shape) in specs.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": (begin, end)}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for expected, (dtype, shape) in specs.items():
-            name, weight = next(stream)
-            if names[name] != expected or weight.shape != shape:
-                raise AssertionError(f"{name} {tuple(weight.shape)} arrived in place of {expected} {shape}")
-            stored = weight.detach().to("cpu", dtype).contiguous()
-            file.write(stored.reshape(-1).view(torch.uint8).numpy().data)
-            del weight, stored  # before the next one is gathered
+    write_json(directory / INDEX_NAME, index)
 
 
 def _plan_shards(sizes: Mapping[str, int], shard_bytes: int) -> Iterator[list[str]]:

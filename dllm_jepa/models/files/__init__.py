@@ -1,0 +1,1 @@
+"""Models as files: published checkpoints, adapters in PEFT's layout, merged models, tokenizer files."""
