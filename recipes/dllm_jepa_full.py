@@ -145,7 +145,7 @@ class DLLMJEPAFullRecipe:
         )
         if self.ranks.is_rank_zero:
             print(f"{dataset}; {plan}")
-        return batches, plan.steps_per_epoch, dataset.facts()
+        return batches, plan.steps_per_epoch, dataset.fingerprint()
 
     def setup_model(self) -> None:
         """Wrap, shard and fill the online model."""

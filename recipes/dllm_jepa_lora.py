@@ -146,7 +146,7 @@ class DLLMJEPALoRARecipe:
         )
         if self.ranks.is_rank_zero:
             print(f"{dataset}; {plan}")
-        return batches, plan.steps_per_epoch, dataset.facts()
+        return batches, plan.steps_per_epoch, dataset.fingerprint()
 
     def setup_model(self) -> None:
         """Wrap, shard and fill the online model: the base in the compute type or NF4, adapters that change nothing."""
