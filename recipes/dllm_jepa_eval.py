@@ -134,7 +134,7 @@ class DLLMJEPAEvalRecipe:
         """What tells this evaluation from another one."""
         cfg = self.cfg
         facts = {"model": source.fingerprint, "part": part, "dtype": cfg.dtype, "batch_size": cfg.batch_size}
-        return facts | {"seed": cfg.seed} | self.task.facts()
+        return facts | {"seed": cfg.seed} | self.task.fingerprint()
 
     def open_folder(self, source: ModelSource, folder: ResultsFolder, part: str) -> list[int]:
         """Take a folder into use; returns the batches that this rank has to do."""

@@ -239,7 +239,7 @@ class DLLMJEPARecipe:
         )
         if self.ranks.is_rank_zero:
             print(f"{dataset}; {plan}")
-        return batches, plan.steps_per_epoch, dataset.facts()
+        return batches, plan.steps_per_epoch, dataset.fingerprint()
 
     def setup_model(self) -> None:
         """Wrap, shard and fill the online model; a frozen base is stored in the compute type or in NF4."""
