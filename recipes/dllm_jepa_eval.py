@@ -84,7 +84,7 @@ class DLLMJEPAEvalRecipe:
     def setup(self) -> None:
         """Build task and batches; all that the user may have got wrong comes before weights are loaded."""
         cfg = self.cfg
-        self.source = open_model(cfg.checkpoint_dir, part=cfg.part, ranks=self.ranks)
+        self.source = open_model(cfg.checkpoint_dir, part=cfg.part, base=cfg.adapter_base, ranks=self.ranks)
         self.base = None if cfg.base_dir is None else open_model(cfg.base_dir, ranks=self.ranks)
         self.tokenizer = self.source.tokenizer(cfg.tokenizer)
         if self.base is not None:

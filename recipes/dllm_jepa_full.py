@@ -17,6 +17,7 @@ Shape legend: S sequences of a micro-batch, G of the global batch, n masked toke
 
 import math
 from collections import deque
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Annotated, Literal
 
@@ -27,19 +28,9 @@ from torch import Tensor, nn
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import compile_model, set_activation_checkpointing
 
-from dllm_jepa import config, preflight, training
-from dllm_jepa.data import BatchPlan, MicroBatch, PrefetchedBatches, TrainingBatches, total_counts
-from dllm_jepa.jepa import (
-    CollapseMonitor,
-    GlobalCounts,
-    L2Anchor,
-    band_sums,
-    is_jepa_step,
-    jepa_loss,
-    masked_token_weights,
-    pool,
-    shuffled_partners,
-)
+from dllm_jepa import config, jepa, preflight, training
+from dllm_jepa.data import BatchPlan, MicroBatch, PrefetchedBatches, SequenceDataset, TrainingBatches, total_counts
+from dllm_jepa.errors import LaunchError, UserError
 from dllm_jepa.models import (
     HFCheckpoint,
     InitialWeights,
@@ -167,7 +158,7 @@ class DLLMJEPARecipe:
         if self.checkpoint is not None:
             self.checkpoint.check(self.model, mask_id=self.tokenizer.mask_id)
         self.model.check_fits(vocab_size=self.tokenizer.vocab_size, max_seq_len=cfg.max_seq_len)
-        self.batches, steps_per_epoch, data = self.setup_batches()
+        self.dataset, self.batches, steps_per_epoch = self.setup_batches()
         self.num_steps = cfg.max_steps or cfg.epochs * steps_per_epoch
         self.prefetched = PrefetchedBatches(self.batches, num_steps=self.num_steps, device=self.ranks.device)
         self.cleanup.callback(self.prefetched.close)
@@ -179,7 +170,8 @@ class DLLMJEPARecipe:
             seed=cfg.seed,
             base=cfg.checkpoint_dir,
             model=self.model.architecture(),
-            data=data,
+            data=self.dataset.fingerprint(),
+            prompt=self.dataset.prompt,
             **base_weights,
         )
         if self.run.resume_from is not None:
@@ -194,8 +186,8 @@ class DLLMJEPARecipe:
         if cfg.jepa_weight > 0 and cfg.target_encoder is not None:
             self.target_encoder = cfg.target_encoder.build(self.model, self.copy_backbone)
             self.trained["predictor"] = self.setup_predictor()
-        self.anchor = L2Anchor(self.model, weight=cfg.l2_anchor_weight) if cfg.l2_anchor_weight > 0 else None
-        self.monitor = CollapseMonitor(
+        self.anchor = jepa.L2Anchor(self.model, weight=cfg.l2_anchor_weight) if cfg.l2_anchor_weight > 0 else None
+        self.monitor = jepa.CollapseMonitor(
             monitor_every=cfg.monitor_every,
             global_batch_size=cfg.global_batch_size,
             embed_dim=self.model.sizes.embed_dim,
@@ -208,11 +200,13 @@ class DLLMJEPARecipe:
         if cfg.lr_scheduler is not None:
             self.lr_scheduler = cfg.lr_scheduler.build(self.optimizer, num_training_steps=self.num_steps)
         self.setup_run(metric_logger, changes)
+        if (line := training.warmup_warning(self.lr_scheduler, num_steps=self.num_steps)) is not None:
+            self.log.say(f"warning: {line}")
 
-    def setup_batches(self) -> tuple[TrainingBatches, int, dict[str, str | int]]:
-        """Tokenize the dataset and plan its batches; returns them, the steps of an epoch, and what tells the data."""
+    def setup_batches(self) -> tuple[SequenceDataset, TrainingBatches, int]:
+        """Tokenize the dataset and plan its batches; returns both, and the steps of an epoch."""
         cfg = self.cfg
-        dataset = cfg.dataset.build(
+        dataset: SequenceDataset = cfg.dataset.build(
             tokenizer=self.tokenizer,
             max_seq_len=cfg.max_seq_len,
             shift_logits=self.model.shift_logits,
@@ -238,8 +232,8 @@ class DLLMJEPARecipe:
             packed=cfg.packed,
         )
         if self.ranks.is_rank_zero:
-            print(f"{dataset}; {plan}")
-        return batches, plan.steps_per_epoch, dataset.fingerprint()
+            print(f"{dataset}; {plan}", *(f"warning: {line}" for line in dataset.warnings), sep="\n")
+        return dataset, batches, plan.steps_per_epoch
 
     def setup_model(self) -> None:
         """Wrap, shard and fill the online model; a frozen base is stored in the compute type or in NF4."""
@@ -328,7 +322,7 @@ class DLLMJEPARecipe:
             self.ranks.seed(cfg.seed, step)  # for dropout and stochastic rounding; views have seeds of their own
             # 1. Views: two maskings of the same sequences, for every micro-batch of this step
             micro_batches = [batch.to(self.ranks.device) for batch in self.prefetched.step(step)]
-            counts = GlobalCounts(*self.ranks.sum_numbers(total_counts(micro_batches)))
+            counts = jepa.GlobalCounts(*self.ranks.sum_numbers(total_counts(micro_batches)))
             self.log.lap("data")
 
             # 2. Target embeddings, one [S, D] a micro-batch: EMA weights, no gradient, no head
@@ -338,7 +332,7 @@ class DLLMJEPARecipe:
             pooled_rows = []
             for index, batch in enumerate(micro_batches):
                 # 3. The one forward that carries gradient; the head scores masked tokens only, a chunk at a time
-                weights = masked_token_weights(cfg.loss_weight, counts, **batch.loss_counts())  # [n]
+                weights = jepa.masked_token_weights(cfg.loss_weight, counts, **batch.loss_counts())  # [n]
                 with self.ranks.autocast(self.compute_dtype):
                     hidden, (diffusion_loss, token_loss) = self.model(
                         batch.context,
@@ -350,21 +344,21 @@ class DLLMJEPARecipe:
                         chunk_tokens=cfg.logits_chunk_tokens,
                     )
                 # 4. Losses: local sums over global counts
-                loss, alignment_loss = diffusion_loss, torch.zeros_like(diffusion_loss)
+                loss, jepa_loss = diffusion_loss, torch.zeros_like(diffusion_loss)
                 if targets is not None or self.monitor.collects(step):
-                    pooled = pool(hidden, batch.context_ids, batch.num_sequences, layer_norm=cfg.pooled_layer_norm)
+                    pooled = jepa.pool(hidden, batch.context_ids, batch.num_sequences, layer_norm=cfg.pooled_layer_norm)
                     pooled_rows.append(pooled.detach())
                 if targets is not None:
                     with self.ranks.autocast(self.compute_dtype):
                         pred = self.trained["predictor"](pooled.to(hidden.dtype))
-                    alignment_loss = jepa_loss(targets[index], pred, counts)
-                    loss = diffusion_loss + cfg.jepa_weight * alignment_loss
+                    jepa_loss = jepa.jepa_loss(targets[index], pred, counts)
+                    loss = diffusion_loss + cfg.jepa_weight * jepa_loss
                 self.log.lap("forward")
                 # 5. Backward
                 loss.backward()
                 self.log.add("diffusion_loss", diffusion_loss)
-                self.log.add("jepa_loss", alignment_loss)
-                for band, (total, count) in band_sums(token_loss, **batch.loss_counts()).items():
+                self.log.add("jepa_loss", jepa_loss)
+                for band, (total, count) in jepa.band_sums(token_loss, **batch.loss_counts()).items():
                     self.log.add(band, total, count=count)
                 self.log.lap("backward")
 
@@ -383,15 +377,15 @@ class DLLMJEPARecipe:
             self.save_if_due(step)
         self.checkpoints.finish()
 
-    def aligns(self, step: int) -> bool:
+    def has_targets(self, step: int) -> bool:
         """Whether the target branch runs on a step."""
         cfg = self.cfg
-        return cfg.jepa_weight > 0 and is_jepa_step(step, jepa_every=cfg.jepa_every, jepa_ratio=cfg.jepa_ratio)
+        return cfg.jepa_weight > 0 and jepa.is_jepa_step(step, jepa_every=cfg.jepa_every, jepa_ratio=cfg.jepa_ratio)
 
     def embed_targets(self, micro_batches: list[MicroBatch], step: int) -> list[Tensor] | None:
         """Target embeddings of every micro-batch; None on a step without the target branch."""
         cfg = self.cfg
-        if self.target_encoder is None or not self.aligns(step):
+        if self.target_encoder is None or not self.has_targets(step):
             return None
         with self.ranks.autocast(self.compute_dtype):
             targets = [
@@ -408,7 +402,7 @@ class DLLMJEPARecipe:
             ]
         if not cfg.shuffle_targets:
             return targets
-        partners = shuffled_partners(cfg.global_batch_size, seed=cfg.seed, step=step)
+        partners = jepa.shuffled_partners(cfg.global_batch_size, seed=cfg.seed, step=step)
         shuffled = self.gather(targets, micro_batches)[partners.to(self.ranks.device, non_blocking=True)]  # [G, D]
         return [shuffled[batch.batch_positions] for batch in micro_batches]
 
@@ -450,35 +444,51 @@ class DLLMJEPARecipe:
         health, warning = self.monitor.measure()
         if warning is not None:
             self.log.say(f"warning: step {step + 1}: {warning}")
-        return health | {"target_cosine": 1 - float(losses["jepa_loss"])} if self.aligns(step) else health
+        return health | {"target_cosine": 1 - float(losses["jepa_loss"])} if self.has_targets(step) else health
 
     def save_if_due(self, step: int) -> None:
         """Write the training state, if it is time to, or if the run is asked to stop, which it then does."""
         stopped_by = self.signals.agreed()
         if stopped_by or self.checkpoints.is_due(step + 1, num_steps=self.num_steps):
-            self.log.sync()
-            numbers = self.state.numbers() | {"metrics": self.run.metrics.last_row}
-            self.checkpoints.save(step + 1, self.state.tensors(), numbers)
+            self.save(step + 1)
         if stopped_by:
             self.checkpoints.finish()
             raise training.Stopped(stopped_by)
 
+    def save(self, num_steps: int) -> None:
+        """Write the training state after so many steps."""
+        self.log.sync()
+        numbers = self.state.numbers() | {"metrics": self.run.metrics.last_row}
+        self.checkpoints.save(num_steps, self.state.tensors(), numbers)
+
     def export(self) -> None:
-        """Write the models that the config asks for as Hugging Face directories, and of LoRA as adapters."""
-        cfg = self.cfg
+        """Write the models that the config asks for; if that fails, the training state, so that no step is lost."""
         online = training.trained_tensors(self.model)
-        for part in EXPORTS[cfg.export]:
-            weights = online if self.target_encoder is None or part == "online" else self.target_encoder.weights(online)
-            stream = training.full_tensors(weights)
-            missing = self.run.missing(exports(cfg, part))  # what exists is from before an interruption
-            if not missing or not self.ranks.is_rank_zero:
-                deque(stream, maxlen=0)  # gathering takes part on every rank
-                continue
-            state = self.fingerprint | {"step": self.num_steps, "metrics": self.run.metrics.last_row}
-            files = {"tokenizer": self.tokenizer, "card": model_card(part, state, self.config_yaml)}
-            base, dtype = cfg.checkpoint_dir, DTYPES[cfg.export_dtype or cfg.compute_dtype]
+        try:
+            for part in EXPORTS[self.cfg.export]:
+                averaged = part == "target" and self.target_encoder is not None
+                stream = training.full_tensors(self.target_encoder.weights(online) if averaged else online)
+                if not self.ranks.is_rank_zero:
+                    deque(stream, maxlen=0)  # gathering takes part on every rank
+                self.ranks.on_rank_zero(lambda part=part, stream=stream: self.write_export(part, stream))
+        except (OSError, UserError) as error:
+            self.save(self.num_steps)
+            self.checkpoints.finish()
+            raise LaunchError(
+                f"the export failed: {error}. The training state of step {self.num_steps} is in "
+                f"{self.run.checkpoints}; `dllm-jepa export {self.run.path} OUT` writes the model elsewhere"
+            ) from error
+
+    def write_export(self, part: str, stream: Iterator[tuple[str, Tensor]]) -> None:
+        """Write a model as a Hugging Face directory, of LoRA as an adapter; on rank zero."""
+        cfg, base = self.cfg, self.cfg.checkpoint_dir
+        state = self.fingerprint | {"step": self.num_steps, "metrics": self.run.metrics.last_row}
+        card = model_card(part, state, self.config_yaml)
+        files = {"tokenizer": self.tokenizer, "card": card, "prompt": self.dataset.prompt}
+        dtype = DTYPES[cfg.export_dtype or cfg.compute_dtype]
+        try:
             adapters = {} if self.model.lora is None else dict(stream)
-            for name in missing:
+            for name in self.run.missing(exports(cfg, part)):  # what exists is from before an interruption
                 path = self.run.exports[name]
                 if self.model.lora is None:
                     save_hf(self.model, path, base, dtype, weights=stream, **files)
@@ -487,6 +497,8 @@ class DLLMJEPARecipe:
                 else:
                     save_adapter(self.model, path, adapters, base=base, **files)
                 self.log.say(f"wrote {path}")
+        finally:
+            deque(stream, maxlen=0)  # the other ranks go through all of it
 
 
 def exports(cfg: Config, *parts: str) -> list[str]:

@@ -122,7 +122,12 @@ class DLLMJEPAGenerateRecipe:
     def setup(self) -> None:
         """Build every part; all that the user may have got wrong comes before weights are loaded."""
         cfg = self.cfg
-        self.source = open_model(cfg.checkpoint_dir, part=cfg.part)
+        self.source = open_model(cfg.checkpoint_dir, part=cfg.part, base=cfg.adapter_base)
+        trained = self.source.prompt or {}
+        self.template = cfg.template or trained.get("template") or "chat"
+        self.system_prompt = trained.get("system_prompt") if cfg.system_prompt is None else cfg.system_prompt
+        if cfg.system_prompt is None and self.system_prompt:
+            say(f"system prompt, as in training: {self.system_prompt} (system_prompt= for none)")
         self.tokenizer = self.source.tokenizer(cfg.tokenizer)
         self.decoding = cfg.decoding.build()
         self.prompts = self.setup_prompts()
@@ -152,7 +157,9 @@ class DLLMJEPAGenerateRecipe:
             ConfigError: if it does not fit into the model together with a response.
         """
         cfg = self.cfg
-        ids = format_prompt(self.tokenizer, system=cfg.system_prompt, question=prompt.text, template=cfg.template)
+        ids = format_prompt(
+            self.tokenizer, system=self.system_prompt or "", question=prompt.text, template=self.template
+        )
         context = self.source.model.sizes.max_seq_len
         if len(ids) + self.decoding.gen_length > context:
             raise ConfigError(
