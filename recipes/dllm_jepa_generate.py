@@ -156,10 +156,7 @@ class DLLMJEPAGenerateRecipe:
         Raises:
             ConfigError: if it does not fit into the model together with a response.
         """
-        cfg = self.cfg
-        ids = format_prompt(
-            self.tokenizer, system=self.system_prompt or "", question=prompt.text, template=self.template
-        )
+        ids = format_prompt(self.tokenizer, system=self.system_prompt, question=prompt.text, template=self.template)
         context = self.source.model.sizes.max_seq_len
         if len(ids) + self.decoding.gen_length > context:
             raise ConfigError(

@@ -84,7 +84,9 @@ def recipe_config(recipe: str) -> type[Config]:
 
 
 def _recipe_module(recipe: str) -> ModuleType:
-    path = find_recipes().get(recipe) or Path(recipe)
+    path = Path(recipe)
+    if recipe in find_recipes():
+        return importlib.import_module(recipe)
     if path.suffix == ".py" and path.is_file():
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None, path
