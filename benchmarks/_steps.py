@@ -251,21 +251,21 @@ class Trainer:
                 )
         weights = masked_token_weights("mean", counts, **batch.loss_counts())  # [n]
         with self.autocast():
-            hidden, (diffusion_loss, token_loss) = self.models[arm.compiled](
-                batch.context,
-                attention_mask=mask,
-                input_pos=batch.input_pos,
-                logits_at=batch.masked_positions,
+            model = self.models[arm.compiled]
+            hidden = model(batch.context, attention_mask=mask, input_pos=batch.input_pos)
+            diffusion_loss, token_loss = model.score(
+                hidden,
+                batch.masked_positions,
                 labels=batch.labels,
                 token_weights=weights,
                 chunk_tokens=self.setting.logits_chunk_tokens,
+                attention_mask=mask,
             )
-        alignment_loss = torch.zeros_like(diffusion_loss)
-        if target is not None:
-            pooled = pool(hidden, batch.context_ids, batch.num_sequences)
-            with self.autocast():
+            alignment_loss = torch.zeros_like(diffusion_loss)
+            if target is not None:
+                pooled = pool(hidden, batch.context_ids, batch.num_sequences)
                 pred = self.trained["predictor"](pooled.to(hidden.dtype))
-            alignment_loss = jepa_loss(target, pred, counts)
+                alignment_loss = jepa_loss(target, pred, counts)
         (diffusion_loss + JEPA_WEIGHT * alignment_loss).backward()
         losses = {"diffusion_loss": diffusion_loss.detach(), "jepa_loss": alignment_loss.detach()}
         bands = band_sums(token_loss, **batch.loss_counts())

@@ -105,9 +105,9 @@ def count_flops(
     ):
         target = None if average is None else average.embed(view, view, sequences)
         if method.target == "online":
-            target = pool(model(view)[0], view, sequences)
-        hidden, losses = model(view, logits_at=labels, labels=labels, token_weights=weights, chunk_tokens=1024)
-        loss = losses.weighted_sum
+            target = pool(model(view), view, sequences)
+        hidden = model(view)
+        loss, _ = model.score(hidden, labels, labels=labels, token_weights=weights, chunk_tokens=1024)
         if target is not None:
             pred = predictor(pool(hidden, view, sequences))
             # The loss of ours stops the gradient at the target; that of LLM-JEPA does not.

@@ -243,7 +243,7 @@ class DLLMJEPARecipe:
             self.model.compile_loss()
         if cfg.enable_activation_checkpointing:
             set_activation_checkpointing(self.model, auto_wrap_policy={TransformerSelfAttentionLayer})
-        training.shard(self.model, self.model.units, self.ranks, self.compute_dtype, kept=self.model.head)
+        training.shard(self.model, self.model.units, self.ranks, self.compute_dtype, kept=self.model.scorer)
         first = self.base
         if self.model.lora is not None:
             first = LoRAWeights(self.model, self.base, seed=cfg.seed, dtype=self.compute_dtype)
@@ -331,28 +331,31 @@ class DLLMJEPARecipe:
 
             pooled_rows = []
             for index, batch in enumerate(micro_batches):
-                # 3. The one forward that carries gradient; the head scores masked tokens only, a chunk at a time
                 weights = jepa.masked_token_weights(cfg.loss_weight, counts, **batch.loss_counts())  # [n]
                 with self.ranks.autocast(self.compute_dtype):
-                    hidden, (diffusion_loss, token_loss) = self.model(
-                        batch.context,
-                        attention_mask=batch.attention_mask,
-                        input_pos=batch.input_pos,
-                        logits_at=batch.masked_positions,
+                    # 3. The one forward that carries gradient
+                    hidden = self.model(
+                        batch.context, attention_mask=batch.attention_mask, input_pos=batch.input_pos
+                    )  # [B, T, D]
+                    # 4. Losses: local sums over global counts; the head scores a chunk of masked tokens at a time
+                    diffusion_loss, token_loss = self.model.score(
+                        hidden,
+                        batch.masked_positions,
                         labels=batch.labels,
                         token_weights=weights,
                         chunk_tokens=cfg.logits_chunk_tokens,
+                        attention_mask=batch.attention_mask,
                     )
-                # 4. Losses: local sums over global counts
-                loss, jepa_loss = diffusion_loss, torch.zeros_like(diffusion_loss)
-                if targets is not None or self.monitor.collects(step):
-                    pooled = jepa.pool(hidden, batch.context_ids, batch.num_sequences, layer_norm=cfg.pooled_layer_norm)
-                    pooled_rows.append(pooled.detach())
-                if targets is not None:
-                    with self.ranks.autocast(self.compute_dtype):
+                    loss, jepa_loss = diffusion_loss, torch.zeros_like(diffusion_loss)
+                    if targets is not None or self.monitor.collects(step):
+                        pooled = jepa.pool(
+                            hidden, batch.context_ids, batch.num_sequences, layer_norm=cfg.pooled_layer_norm
+                        )
+                        pooled_rows.append(pooled.detach())
+                    if targets is not None:
                         pred = self.trained["predictor"](pooled.to(hidden.dtype))
-                    jepa_loss = jepa.jepa_loss(targets[index], pred, counts)
-                    loss = diffusion_loss + cfg.jepa_weight * jepa_loss
+                        jepa_loss = jepa.jepa_loss(targets[index], pred, counts)
+                        loss = diffusion_loss + cfg.jepa_weight * jepa_loss
                 self.log.lap("forward")
                 # 5. Backward
                 loss.backward()

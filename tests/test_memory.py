@@ -184,19 +184,10 @@ def measured_peak(cfg: DictConfig, *, with_logits: bool) -> int:
         with autocast(), torch.no_grad():
             target = pool(backbone(tokens, mask=packing, input_pos=positions), ids, 3)
         with autocast():
-            hidden, losses = model(
-                tokens,
-                attention_mask=packing,
-                input_pos=positions,
-                **({"logits_at": masked} | scored if with_logits else {}),
-            )
-        pooled = pool(hidden, ids, 3)
-        with autocast():
-            pred = predictor(pooled.to(hidden.dtype))
-        loss = jepa_loss(target, pred, counts)
-        if with_logits:
-            loss = loss + losses.weighted_sum
-        loss.backward()
+            hidden = model(tokens, attention_mask=packing, input_pos=positions)
+            losses = [model.score(hidden, masked, **scored).weighted_sum] if with_logits else []
+            losses.append(jepa_loss(target, predictor(pool(hidden, ids, 3).to(hidden.dtype)), counts))
+        sum(losses).backward()
 
     micro_batch()
     for param in model.parameters():  # without logits the head has had none

@@ -23,8 +23,8 @@ class EMAAdapterTargetEncoder:
     places, without arithmetic, so that both come back as they were; only while they do is there a third copy.
 
     Args:
-        model: the online model, filled; called as `model(tokens, attention_mask=..., input_pos=..., hidden_at=...)`,
-            its first result are the hidden states. Its parameters with a gradient are the adapters, in fp32.
+        model: the online model, filled; called as `model(tokens, attention_mask=..., input_pos=..., hidden_at=...)`
+            for hidden states. Its parameters with a gradient are the adapters, in fp32.
         ema_decay: tau in [0, 1): the share of the old average that an update keeps.
 
     Raises:
@@ -72,7 +72,7 @@ class EMAAdapterTargetEncoder:
             fp32 [S, D].
         """
         with self._averages_in_place():
-            hidden, _ = self._model(tokens, attention_mask=mask, input_pos=input_pos, hidden_at=visible)
+            hidden = self._model(tokens, attention_mask=mask, input_pos=input_pos, hidden_at=visible)
         if visible is not None:
             sequence_ids = sequence_ids.flatten().index_select(0, visible)
         return pool(hidden, sequence_ids, num_sequences, layer_norm=layer_norm)

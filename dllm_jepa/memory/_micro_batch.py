@@ -170,22 +170,22 @@ def _run(
         num_masked=per_sequence,
         num_maskable=per_sequence,
     )
-    scored: dict[str, Any] = {
-        "logits_at": batch.masked,
-        "labels": batch.masked,
-        "token_weights": weights,
-        "chunk_tokens": cfg.logits_chunk_tokens,
-    }
+    losses: list[Tensor] = []
     with autocast():
-        hidden, token_losses = model(
-            tokens, attention_mask=batch.mask, input_pos=tokens, **(scored if with_logits else {})
-        )
-    losses = [] if token_losses is None else [token_losses.weighted_sum]
-    if predictor is not None:
-        pooled = pool(hidden, tokens, size, layer_norm=norm)
-        with autocast():
-            pred = predictor(pooled.to(hidden.dtype))
-        losses.append(cfg.jepa_weight * jepa_loss(embedded, pred, counts))
+        hidden = model(tokens, attention_mask=batch.mask, input_pos=tokens)
+        if with_logits:
+            diffusion_loss, _ = model.score(
+                hidden,
+                batch.masked,
+                labels=batch.masked,
+                token_weights=weights,
+                chunk_tokens=cfg.logits_chunk_tokens,
+                attention_mask=batch.mask,
+            )
+            losses.append(diffusion_loss)
+        if predictor is not None:
+            pred = predictor(pool(hidden, tokens, size, layer_norm=norm).to(hidden.dtype))
+            losses.append(cfg.jepa_weight * jepa_loss(embedded, pred, counts))
     (torch.stack(losses).sum() if losses else hidden.sum()).backward()
 
 

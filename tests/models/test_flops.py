@@ -65,8 +65,8 @@ def counted(trained: nn.ModuleDict, *, target: bool) -> int:
                 with torch.no_grad():
                     model(row)
             weights = torch.ones(num_scored, device="meta")
-            hidden, losses = model(row, logits_at=scored, labels=scored, token_weights=weights, chunk_tokens=4)
-            loss = losses.weighted_sum
+            hidden = model(row)
+            loss, _ = model.score(hidden, scored, labels=scored, token_weights=weights, chunk_tokens=4)
             if target:
                 loss = loss + trained["predictor"](hidden[:, 0]).sum()
             loss.backward()

@@ -127,10 +127,9 @@ def loss_and_gradients(device: str, *, compiled: bool) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 64, (1, 30), generator=generator).to(device)
     with torch.autocast(device, torch.bfloat16):
-        _, losses = model(
-            tokens,
-            attention_mask=PackedSequences.from_lengths([12, 13, 5]).to(tokens.device),
-            logits_at=torch.arange(0, 30, 2, device=device),
+        losses = model.score(
+            model(tokens, attention_mask=PackedSequences.from_lengths([12, 13, 5]).to(tokens.device)),
+            torch.arange(0, 30, 2, device=device),
             labels=tokens[0, ::2],
             token_weights=torch.full((15,), 1 / 15, device=device),
             chunk_tokens=6,
