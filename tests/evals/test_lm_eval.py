@@ -166,6 +166,11 @@ def test_the_command_line(
         run("--model_args", f"checkpoint_dir={task_folder / 'none'}", "--device", "cpu")
     assert stopped.value.code == 1
     assert f"error: checkpoint directory {task_folder / 'none'} does not exist" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--device", "cpu")
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith("error: no model given: add --model_args checkpoint_dir=")
+    )
 
 
 @pytest.mark.parametrize("checkpoint", ["llada", "dream"], indirect=True)
