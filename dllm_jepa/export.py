@@ -105,9 +105,7 @@ def _export_adapter(
     if part != "online":
         raise CheckpointError(f"{path} is an adapter, and only training states have a part {part!r}: leave out --part")
     if not merged:
-        raise CheckpointError(
-            f"{path} is an adapter already: add --merged to write its base with it merged"
-        )
+        raise CheckpointError(f"{path} is an adapter already: add --merged to write its base with it merged")
     adapter = OpenedAdapter.open(path, base)
     card = path / "README.md"
     save_hf(
