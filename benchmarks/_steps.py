@@ -20,7 +20,7 @@ from dllm_jepa.data import BatchPlan, MicroBatch, TrainingBatches
 from dllm_jepa.jepa import (
     EMATargetEncoder,
     GlobalCounts,
-    StepSums,
+    band_sums,
     ema_target_encoder,
     fixed_ratio_views,
     jepa_loss,
@@ -137,7 +137,7 @@ class Setting:
             num_ranks=1,
             seed=0,
             packed=packed,
-            accumulates=False,
+            unsplit_for="the benchmark",
         )
         return TrainingBatches(
             [(tokens, np.ones(len(tokens), dtype=np.bool_)) for tokens in clean],
@@ -267,9 +267,9 @@ class Trainer:
                 pred = self.trained["predictor"](pooled.to(hidden.dtype))
             alignment_loss = jepa_loss(target, pred, counts)
         (diffusion_loss + JEPA_WEIGHT * alignment_loss).backward()
-        sums = StepSums(self.device)
-        sums.add(diffusion_loss, alignment_loss, token_loss, **batch.loss_counts())
-        return sums.losses(jepa_weight=JEPA_WEIGHT)
+        losses = {"diffusion_loss": diffusion_loss.detach(), "jepa_loss": alignment_loss.detach()}
+        bands = band_sums(token_loss, **batch.loss_counts())
+        return losses | {name: total / count for name, (total, count) in bands.items()}
 
     def reference_losses(self, batch: MicroBatch, arm: Arm) -> dict[str, Tensor]:
         """Those of a step as it is usually written: plain diffusion in padded rows, all logits at once."""

@@ -2,12 +2,13 @@
 
 import argparse
 import ast
-import importlib.metadata
 import importlib.util
+import runpy
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             parser = _parser()
             parsed, rest = parser.parse_known_args(words)
-            if parsed.command is _memory and not any(word.startswith("-") for word in rest):
+            if hasattr(parsed, "words") and not any(word.startswith("-") for word in rest):
                 parsed.words += rest  # argparse does not go on with words after an option
             elif rest:
                 parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -62,14 +63,28 @@ def _parser() -> argparse.ArgumentParser:
     cat.add_argument("--sort", action="store_true", help="print the keys of a config alone, sorted")
     cat.set_defaults(command=_cat)
 
-    validate = commands.add_parser("validate", help="check a config and list all its problems")
-    validate.add_argument("name", help="name or path of a config")
-    validate.add_argument("overrides", nargs="*", help="key=value to set, ~key to remove")
+    keys = commands.add_parser("keys", help="list the keys of a recipe's config: values, defaults, effects")
+    keys.add_argument("recipe", help="name of a recipe, or path of a copy")
+    keys.set_defaults(command=_keys)
+
+    validate = commands.add_parser(
+        "validate",
+        help="check a run without starting it: its config, and the files it names",
+        usage="dllm-jepa validate <recipe> --config <config> [key=value ...]",
+    )
+    validate.add_argument("recipe", help="name of a recipe, or path of a copy")
+    validate.add_argument("words", nargs="*", metavar="key=value", help="as for a run; ~key removes a key")
+    validate.add_argument("--config", default="", help="name or path of a config")
     validate.set_defaults(command=_validate)
 
-    memory = commands.add_parser("memory", help="compute the peak memory per GPU of a run, without a GPU")
-    memory.add_argument("words", nargs="*", metavar="config", help="name or path of a config, then overrides as above")
-    memory.add_argument("--config", help="the config, in place of the first word")
+    memory = commands.add_parser(
+        "memory",
+        help="compute the peak memory per GPU of a training run, without a GPU",
+        usage="dllm-jepa memory <recipe> --config <config> [--gpus N] [key=value ...]",
+    )
+    memory.add_argument("recipe", help="name of a recipe, or path of a copy")
+    memory.add_argument("words", nargs="*", metavar="key=value", help="as for a run; ~key removes a key")
+    memory.add_argument("--config", default="", help="name or path of a config")
     memory.add_argument("--gpus", type=int, default=1, help="GPUs of the run (default: 1)")
     memory.set_defaults(command=_memory)
 
@@ -147,47 +162,54 @@ def _cat(arguments: argparse.Namespace) -> None:
     """Print a file as it is, or the keys of a config sorted."""
     path = find_recipes().get(arguments.name) or resolve_config(arguments.name)
     if arguments.sort and path.suffix == ".yaml":
-        print(OmegaConf.to_yaml(config.read_config(path), sort_keys=True), end="")
+        print(OmegaConf.to_yaml(OmegaConf.create(config.read_config(path)), sort_keys=True), end="")
     else:
         print(path.read_text(encoding="utf-8", errors="replace"), end="")
 
 
+def _keys(arguments: argparse.Namespace) -> None:
+    """Print the table of a recipe's keys."""
+    print(config.key_table(config.recipe_config(arguments.recipe)))
+
+
 def _validate(arguments: argparse.Namespace) -> None:
-    """Check a config the way the recipe of its launch line does, except for what depends on the machine."""
-    cfg = config.load_config(["--config", arguments.name, *arguments.overrides])
-    schema = config.schema_of(resolve_config(arguments.name).read_text(encoding="utf-8"))
-    config.validate(cfg, schema)
-    for line in config.warnings(cfg, schema):
+    """Check what the recipe checks before it starts, but for the number of processes and GPUs."""
+    recipe = config.recipe_config(arguments.recipe)
+    values = config.load_config(["--config", arguments.config, *arguments.words], recipe)
+    for line in recipe.check(values, opening=True).warnings():
         print(f"warning: {line}", file=sys.stderr)
-    print(f"{arguments.name}: valid")
+    print(f"{arguments.recipe} --config {arguments.config}: valid")
 
 
 def _memory(arguments: argparse.Namespace) -> None:
     """Print what fills a GPU at the peak of a step; paths that only a run needs may be missing."""
     from dllm_jepa.memory import step_memory  # seconds to import
 
-    words: list[str] = arguments.words
-    name: str = arguments.config or (words.pop(0) if words and "=" not in words[0] else "")
-    cfg = config.load_config([f"--config={name}", *words])
-    for key in ("output_dir", "checkpoint_dir"):
-        if OmegaConf.is_missing(cfg, key):
-            cfg[key] = "."
-    schema = config.schema_of(resolve_config(name).read_text(encoding="utf-8"))
-    if schema not in (config.TRAINING, config.LORA):
-        raise ConfigError(f"{name} is no config of a training recipe: only a training step's memory is computed")
-    cfg = config.with_defaults(cfg, schema)
+    recipe = config.recipe_config(arguments.recipe)
+    if not issubclass(recipe, config.Training):
+        raise ConfigError(f"{arguments.recipe} does not train: only the memory of a training step is computed")
     if arguments.gpus < 1:
         raise ConfigError(f"--gpus: {arguments.gpus} given, must be at least 1")
-    config.validate(cfg, schema, config.Launch(world_size=arguments.gpus, num_gpus=1))
+    values = config.load_config(["--config", arguments.config, *arguments.words], recipe)
+    paths = {key: "." for key in ("output_dir", "checkpoint_dir") if values.get(key) == "???"}
+    values = {key: _with_paths(value) for key, value in (values | paths).items()}
+    cfg: Any = recipe.check(values, config.Launch(world_size=arguments.gpus, num_gpus=1))
     gpus = "1 GPU" if arguments.gpus == 1 else f"each of {arguments.gpus} GPUs"
     print(
-        f"{name} on {gpus}: {cfg.tokens_per_device:,} tokens per micro-batch, trained weights in {cfg.dtype}, "
-        f"computing in {cfg.compute_dtype}"
+        f"{arguments.config} on {gpus}: {cfg.tokens_per_device:,} tokens per micro-batch, trained weights in "
+        f"{cfg.dtype}, computing in {cfg.compute_dtype}"
     )
     rows = step_memory(cfg, arguments.gpus).rows()
     width = max(len(row) for row, _ in rows) + 2
     for row, num_bytes in rows:
         print(f"  {row:<{width}}{num_bytes / 2**30:8.2f} GiB")
+
+
+def _with_paths(value: Any) -> Any:
+    """A value with a stand-in for paths inside that are not given."""
+    if isinstance(value, dict):
+        return {name: "." if inner == "???" else inner for name, inner in value.items()}
+    return value
 
 
 def _checkpoints(arguments: argparse.Namespace) -> None:
@@ -234,17 +256,32 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _run(words: list[str]) -> None:
-    """Do what `tune run` does, and before it check the names, so that a misspelt one is one message."""
+    """Do what `tune run` does, but for its import of torchtune, after checking the names."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
 
-    if not {"-h", "--help"}.intersection(words):
-        words = _with_separate_config(words)
-        _check_names(words)
-    sys.argv = ["tune", "run", *words]
-    (tune,) = importlib.metadata.distribution("torchtune").entry_points.select(group="console_scripts", name="tune")
+    if {"-h", "--help"}.intersection(words):
+        print(f"usage: {_RUN_USAGE}\n\nOptions of torchrun: torchrun --help. Keys of a recipe: dllm-jepa keys RECIPE.")
+        return
+    words = _with_separate_config(words)
+    _check_names(words)
+    launch = get_args_parser().parse_args(words)
+    path = find_recipes().get(launch.training_script) or Path(launch.training_script)
+    is_file = path.suffix == ".py" and path.is_file()
+    launch.module = not is_file
+    if launch.training_script == words[0]:  # no option of torchrun: one process, this one
+        sys.argv = [str(path), *launch.training_script_args]
+        if is_file:
+            runpy.run_path(str(path), run_name="__main__")
+        else:
+            runpy.run_module(launch.training_script, run_name="__main__")
+        return
+    launch.training_script = str(path) if is_file else launch.training_script
+    if launch.nnodes in ("1", "1:1") and not launch.rdzv_endpoint:
+        launch.standalone = True  # on a free port, so that two runs can share a machine
     try:
-        tune.load()()
+        run(launch)
     except (ChildFailedError, SignalException):  # the ranks have said why
         sys.exit(1)
 

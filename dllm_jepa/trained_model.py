@@ -1,15 +1,16 @@
 """Any model on disk, opened by its directory: a Hugging Face directory, an adapter, or a training state."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from dllm_jepa.config import Component
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.models import (
     FAMILIES,
@@ -32,19 +33,6 @@ from dllm_jepa.models import (
     tokenizer_builder,
 )
 from dllm_jepa.training import MANIFEST_NAME, Ranks, SavedCheckpoint, check_trained, trained_tensors
-
-
-class Component(Protocol):
-    """A function that a config names, and its arguments."""
-
-    @property
-    def arguments(self) -> Mapping[str, Any]:
-        """Arguments that the config gives."""
-        ...
-
-    def build(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function with these arguments besides."""
-        ...
 
 
 @dataclass(frozen=True)

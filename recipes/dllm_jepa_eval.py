@@ -11,11 +11,10 @@ An evaluation that was interrupted goes on with resume=auto. Two of them are com
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from torchtune.config import instantiate
+from pydantic import Field
 from tqdm import tqdm
 
 from dllm_jepa import config, training
@@ -27,6 +26,46 @@ from dllm_jepa.trained_model import ModelSource, open_model
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+class Config(config.TrainedModel):
+    """The keys of an evaluation; those of every recipe that uses a trained model stand in `config.TrainedModel`."""
+
+    output_dir: Annotated[
+        config.PathText, Field(description="folder for results; refused if it holds another evaluation")
+    ]
+    resume: Annotated[
+        Literal["never", "auto"],
+        Field(description="auto goes on where an evaluation stopped: finished items are not done again"),
+    ] = "never"
+    base_dir: Annotated[
+        config.PathText | None,
+        Field(description="a second model, evaluated on the same items for the paired difference; null = none"),
+    ] = None
+    task: Annotated[
+        config.Component,
+        config.Given(
+            positional=("tokenizer",),
+            keywords=("seed", "max_items", "progress"),
+            offered=("decoding", "num_shots"),
+        ),
+        Field(description="builder of the task: items, prompts, scores"),
+    ]
+    num_shots: Annotated[
+        int | None, Field(ge=0, description="solved examples in front of each question; null = the task has none")
+    ] = None
+    max_items: Annotated[config.Count | None, Field(description="evaluate only the first so many; null = all")] = None
+    decoding: Annotated[
+        config.Component | None,
+        Field(description="how responses are generated; null for tasks that only measure likelihoods"),
+    ] = None
+
+    rules = (
+        *config.TrainedModel.rules,
+        config.rules.output_dir_can_be_written,
+        config.rules.base_directory_exists,
+        config.rules.task_gets_what_it_takes,
+    )
+
+
 class DLLMJEPAEvalRecipe:
     """Evaluates a model, and a base to compare it with, on the items of one task.
 
@@ -35,7 +74,7 @@ class DLLMJEPAEvalRecipe:
         ranks: the processes.
     """
 
-    def __init__(self, cfg: DictConfig, ranks: training.Ranks) -> None:
+    def __init__(self, cfg: Config, ranks: training.Ranks) -> None:
         """Hold on to what the evaluation is made from; `setup` builds its parts."""
         self.cfg = cfg
         self.ranks = ranks
@@ -45,7 +84,7 @@ class DLLMJEPAEvalRecipe:
     def setup(self) -> None:
         """Build task and batches; all that the user may have got wrong comes before weights are loaded."""
         cfg = self.cfg
-        self.source = open_model(cfg.checkpoint_dir, part=cfg.part, ranks=self.ranks)
+        self.source = open_model(cfg.checkpoint_dir, part=cfg.part, base=cfg.adapter_base, ranks=self.ranks)
         self.base = None if cfg.base_dir is None else open_model(cfg.base_dir, ranks=self.ranks)
         self.tokenizer = self.source.tokenizer(cfg.tokenizer)
         if self.base is not None:
@@ -76,11 +115,10 @@ class DLLMJEPAEvalRecipe:
     def setup_task(self) -> EvalTask:
         """The task, with the decoding and the number of shots if it has any."""
         cfg = self.cfg
-        decoding = [] if cfg.decoding is None else [instantiate(cfg.decoding)]
+        decoding = [] if cfg.decoding is None else [cfg.decoding.build()]
         shots = {} if cfg.num_shots is None else {"num_shots": cfg.num_shots}
         try:
-            task: EvalTask = instantiate(
-                cfg.task,
+            task: EvalTask = cfg.task.build(
                 self.tokenizer,
                 *decoding,
                 **shots,
@@ -96,7 +134,7 @@ class DLLMJEPAEvalRecipe:
         """What tells this evaluation from another one."""
         cfg = self.cfg
         facts = {"model": source.fingerprint, "part": part, "dtype": cfg.dtype, "batch_size": cfg.batch_size}
-        return facts | {"seed": cfg.seed} | self.task.facts()
+        return facts | {"seed": cfg.seed} | self.task.fingerprint()
 
     def open_folder(self, source: ModelSource, folder: ResultsFolder, part: str) -> list[int]:
         """Take a folder into use; returns the batches that this rank has to do."""
@@ -158,14 +196,14 @@ class DLLMJEPAEvalRecipe:
             "checkpoint_dir": str(source.path),
             "facts": self.facts(source, part),
             "remarks": self.task.remarks(),
-            "config": OmegaConf.to_container(self.cfg, resolve=True),
+            "config": self.cfg.model_dump(),
         }
         folder.finish(scores)
         return scores
 
 
-@config.parse(schema=config.EVALUATION)
-def recipe_main(cfg: DictConfig) -> None:
+@config.parse
+def recipe_main(cfg: Config) -> None:
     """Join the other ranks, claim the output directory, evaluate."""
     with training.Ranks.join(cfg.device) as ranks, training.locked(Path(cfg.output_dir), ranks):
         recipe = DLLMJEPAEvalRecipe(cfg, ranks)

@@ -16,11 +16,10 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from omegaconf import DictConfig
-from torchtune.config import instantiate
+from pydantic import Field
 
 from dllm_jepa import config
 from dllm_jepa.data import check_text, format_prompt, read_rows
@@ -44,6 +43,54 @@ ROW_FILES = (".jsonl", ".json")
 NUM_SEEDS = 2**32  # as many as the key seed allows
 
 
+class Config(config.TrainedModel):
+    """The keys of generation; those of every recipe that uses a trained model stand in `config.TrainedModel`."""
+
+    prompt: Annotated[
+        config.Text | None, config.Verbatim, Field(description="one prompt; null = those of prompts_file")
+    ] = None
+    prompts_file: Annotated[
+        Annotated[config.Text, config.Phrase("a path, or - for stdin")] | None,
+        config.Verbatim,
+        Field(
+            description="a text file with a prompt per line, or a .jsonl file with the field `prompt`; a prompt keeps "
+            "stdin unread"
+        ),
+    ] = None
+    template: Annotated[
+        Literal["chat", "plain"] | None,
+        Field(
+            description="chat format of the tokenizer, or plain text; null = what the model was trained with, or chat "
+            "if its files do not say"
+        ),
+    ] = None
+    system_prompt: Annotated[
+        str | None,
+        config.Verbatim,
+        Field(
+            description="system prompt; empty for none; null = what the model was trained with, or none if its files "
+            "do not say"
+        ),
+    ] = None
+    decoding: Annotated[config.Component, Field(description="how responses are generated")]
+    show_steps: Annotated[bool, Field(description="show in the terminal how the tokens are filled in")] = True
+    html: Annotated[
+        Annotated[config.Text, config.Phrase("a path ending in .html")] | None,
+        Field(description="write a page on which the denoising can be stepped through; null = none"),
+    ] = None
+    output: Annotated[
+        Annotated[config.Text, config.Phrase("a path ending in .jsonl")] | None,
+        Field(description="write prompts and responses, one object per line; null = none"),
+    ] = None
+
+    rules = (
+        *config.TrainedModel.rules,
+        config.rules.one_source_of_prompts,
+        config.rules.new_files,
+        config.rules.one_process,
+    )
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What is asked.
@@ -64,7 +111,7 @@ class DLLMJEPAGenerateRecipe:
         cfg: checked config; docs/configs.md lists its keys.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
+    def __init__(self, cfg: Config) -> None:
         """Hold on to what the responses are made from; `setup` builds its parts."""
         self.cfg = cfg
         self.device = torch.device(cfg.device)
@@ -75,9 +122,14 @@ class DLLMJEPAGenerateRecipe:
     def setup(self) -> None:
         """Build every part; all that the user may have got wrong comes before weights are loaded."""
         cfg = self.cfg
-        self.source = open_model(cfg.checkpoint_dir, part=cfg.part)
+        self.source = open_model(cfg.checkpoint_dir, part=cfg.part, base=cfg.adapter_base)
+        trained = self.source.prompt or {}
+        self.template = cfg.template or trained.get("template") or "chat"
+        self.system_prompt = trained.get("system_prompt") if cfg.system_prompt is None else cfg.system_prompt
+        if cfg.system_prompt is None and self.system_prompt:
+            say(f"system prompt, as in training: {self.system_prompt} (system_prompt= for none)")
         self.tokenizer = self.source.tokenizer(cfg.tokenizer)
-        self.decoding = instantiate(cfg.decoding)
+        self.decoding = cfg.decoding.build()
         self.prompts = self.setup_prompts()
         self.prompt_ids = [self.encode(prompt) for prompt in self.prompts]
         self.view = None
@@ -104,8 +156,7 @@ class DLLMJEPAGenerateRecipe:
         Raises:
             ConfigError: if it does not fit into the model together with a response.
         """
-        cfg = self.cfg
-        ids = format_prompt(self.tokenizer, system=cfg.system_prompt, question=prompt.text, template=cfg.template)
+        ids = format_prompt(self.tokenizer, system=self.system_prompt, question=prompt.text, template=self.template)
         context = self.source.model.sizes.max_seq_len
         if len(ids) + self.decoding.gen_length > context:
             raise ConfigError(
@@ -219,8 +270,8 @@ class DLLMJEPAGenerateRecipe:
         cfg = self.cfg
         if cfg.html is None or not self.denoisings:
             return
-        facts = {"model": cfg.checkpoint_dir, "decoding": cfg.decoding._component_.rpartition(".")[2]}
-        facts |= {key: str(value) for key, value in cfg.decoding.items() if key != "_component_"}
+        facts = {"model": cfg.checkpoint_dir, "decoding": cfg.decoding.path.rpartition(".")[2]}
+        facts |= {key: str(value) for key, value in cfg.decoding.arguments.items()}
         try:
             write_atomically(Path(cfg.html), denoising_page(self.denoisings, facts=facts))
         except OSError as error:
@@ -275,8 +326,8 @@ def say(text: str) -> None:
     print(encodable(visible(text), sys.stderr), file=sys.stderr, flush=True)
 
 
-@config.parse(schema=config.GENERATION)
-def recipe_main(cfg: DictConfig) -> None:
+@config.parse
+def recipe_main(cfg: Config) -> None:
     """Read the prompts, load the model, generate."""
     recipe = DLLMJEPAGenerateRecipe(cfg)
     try:

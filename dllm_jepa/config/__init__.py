@@ -1,50 +1,60 @@
 """Configs: where they are, what may stand in them, and checking all of it at once before anything is loaded."""
 
-from dllm_jepa.config._kinds import (
-    REQUIRED,
-    ArgumentRange,
-    Choice,
-    Component,
-    Flag,
-    Key,
-    Number,
+from dllm_jepa.config import _rules as rules
+from dllm_jepa.config._bases import Checkpoint, Count, Rate, TrainedModel, Training
+from dllm_jepa.config._component import Component, Given, locate
+from dllm_jepa.config._config import (
+    NO_FP16,
+    Config,
+    Dtype,
+    Launch,
+    MayChange,
+    PathText,
+    Refused,
+    Rule,
     Section,
     Text,
+    Verbatim,
+    has_mark,
+    key_table,
 )
-from dllm_jepa.config._parse import load_config, parse, read_config
-from dllm_jepa.config._resolve import find_configs, find_recipes, resolve_config
+from dllm_jepa.config._find import find_configs, find_recipes, resolve_config
+from dllm_jepa.config._parse import load_config, parse, read_config, recipe_config
 from dllm_jepa.config._resume import check_resume
-from dllm_jepa.config._rules import Launch
-from dllm_jepa.config._schema import EVALUATION, GENERATION, LORA, SCHEMAS, TRAINING, Schema, schema_of
-from dllm_jepa.config._validate import problems, validate, warnings, with_defaults
+from dllm_jepa.config._rules import has_adapters
+from dllm_jepa.config._wording import Phrase
 
 __all__ = [
-    "EVALUATION",
-    "GENERATION",
-    "LORA",
-    "REQUIRED",
-    "SCHEMAS",
-    "TRAINING",
-    "ArgumentRange",
-    "Choice",
+    "NO_FP16",
+    "Checkpoint",
     "Component",
-    "Flag",
-    "Key",
+    "Config",
+    "Count",
+    "Dtype",
+    "Given",
     "Launch",
-    "Number",
-    "Schema",
+    "MayChange",
+    "PathText",
+    "Phrase",
+    "Rate",
+    "Refused",
+    "Rule",
     "Section",
     "Text",
+    "TrainedModel",
+    "Training",
+    "Verbatim",
     "check_resume",
     "find_configs",
     "find_recipes",
+    "has_adapters",
+    "has_mark",
+    "key_table",
     "load_config",
+    "locate",
     "parse",
-    "problems",
     "read_config",
+    "recipe_config",
     "resolve_config",
-    "schema_of",
-    "validate",
-    "warnings",
-    "with_defaults",
+    "rules",
 ]

@@ -1,26 +1,30 @@
 """From a recipe's command line to a checked config, and from a `UserError` to one message."""
 
 import functools
+import importlib
+import importlib.util
+import inspect
+import json
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+import typing
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from types import ModuleType
+from typing import Any, TypeVar
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from dllm_jepa.config._resolve import resolve_config
-from dllm_jepa.config._rules import Launch
-from dllm_jepa.config._schema import TRAINING, Schema
-from dllm_jepa.config._validate import validate, warnings, with_defaults
-from dllm_jepa.errors import ConfigError, LostRankError, UserError
+from dllm_jepa.config._component import UNSET
+from dllm_jepa.config._config import Config, Launch, Verbatim, has_mark, key_table
+from dllm_jepa.config._find import find_configs, find_recipes, resolve_config
+from dllm_jepa.config._wording import nearest_first
+from dllm_jepa.errors import ConfigError, LaunchError, LostRankError, UserError
 
-RecipeMain = Callable[[DictConfig], Any]
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 _NO_CONFIG = "--config is missing: give the name of a packaged config (`dllm-jepa ls` lists them) or a yaml file"
 
@@ -29,129 +33,154 @@ _NO_CONFIG = "--config is missing: give the name of a packaged config (`dllm-jep
 _SECONDS_FOR_RANK_ZERO = 15.0
 
 
-@overload
-def parse(recipe_main: RecipeMain, /) -> Callable[[], None]: ...
-
-
-@overload
-def parse(*, schema: Schema) -> Callable[[RecipeMain], Callable[[], None]]: ...
-
-
-def parse(
-    recipe_main: RecipeMain | None = None, /, *, schema: Schema = TRAINING
-) -> Callable[[], None] | Callable[[RecipeMain], Callable[[], None]]:
+def parse(recipe_main: Callable[[AnyConfig], Any]) -> Callable[[], None]:
     """Decorate a recipe's main: it gets the checked config of the command line, and user errors become one message.
 
     The decorated function takes no argument and exits with code 1 after a `UserError`, be it of the config or raised by
-    the recipe; other exceptions pass with their traceback. Use as `@parse` or `@parse(schema=...)`.
+    the recipe; other exceptions pass with their traceback. Its attribute `config_class` is the class of the config.
 
     Args:
-        recipe_main: Function of the config: all keys of the schema, defaults filled in, everything checked.
-        schema: The keys and rules of the recipe.
+        recipe_main: function of one config, whose annotation is its class.
     """
-    if recipe_main is None:
-        return functools.partial(_parsed, schema=schema)
-    return _parsed(recipe_main, schema=schema)
+    (parameter,) = inspect.signature(recipe_main).parameters
+    config_class: type[AnyConfig] = typing.get_type_hints(recipe_main)[parameter]
 
-
-def _parsed(recipe_main: RecipeMain, *, schema: Schema) -> Callable[[], None]:
     @functools.wraps(recipe_main)
     def wrapper() -> None:
+        words, is_rank_zero = sys.argv[1:], _rank() == 0
+        if {"-h", "--help"}.intersection(words):
+            print(f"{inspect.getdoc(inspect.getmodule(recipe_main))}\n\nKeys, given as key=value:\n")
+            print(key_table(config_class))
+            return
         try:
-            cfg = with_defaults(load_config(sys.argv[1:], verbatim=schema.verbatim), schema)
-            validate(cfg, schema, Launch.from_environment())
-            if _rank() == 0:
-                for line in warnings(cfg, schema):
-                    print(f"warning: {line}", file=sys.stderr)
+            launch = Launch.from_environment()
+            values = load_config(words, config_class)
+            cfg = config_class.check(values, launch, opening=is_rank_zero)
+            for line in cfg.warnings(launch) if is_rank_zero else []:
+                print(f"warning: {line}", file=sys.stderr)
             recipe_main(cfg)
         except UserError as error:
             _report(error)
             sys.exit(1)
 
+    wrapper.config_class = config_class  # type: ignore[attr-defined]
     return wrapper
 
 
-def load_config(arguments: Sequence[str], *, verbatim: Collection[str] = ()) -> DictConfig:
-    """Read the yaml of `--config` and merge the overrides, by torchtune's rules.
+def recipe_config(recipe: str) -> type[Config]:
+    """The config class of a recipe.
 
     Args:
-        arguments: `--config NAME|PATH` or `--config=NAME|PATH`, `key=value` and `~key`, in any order.
-        verbatim: keys whose values on the command line are taken as they are, but for `null`; others are yaml.
+        recipe: name of a packaged recipe, path of a file, or name of a module.
+
+    Raises:
+        LaunchError: if there is no such recipe, or it has no `recipe_main` that `config.parse` decorates.
+    """
+    main = getattr(_recipe_module(recipe), "recipe_main", None)
+    config_class: type[Config] | None = getattr(main, "config_class", None)
+    if config_class is None:
+        raise LaunchError(f"{recipe} is no recipe: it has no function recipe_main under @config.parse")
+    return config_class
+
+
+def _recipe_module(recipe: str) -> ModuleType:
+    path = Path(recipe)
+    if recipe in find_recipes():
+        return importlib.import_module(recipe)
+    if path.suffix == ".py" and path.is_file():
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None, path
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(path.stem, module)  # annotations are resolved by way of it
+        spec.loader.exec_module(module)
+        return module
+    find_from_here()
+    try:
+        if importlib.util.find_spec(recipe) is not None:
+            return importlib.import_module(recipe)
+    except (ImportError, ValueError):
+        pass
+    names = ", ".join(nearest_first(recipe, find_recipes()))
+    if recipe in find_configs():
+        raise LaunchError(
+            f"{recipe!r} is a config: name the recipe before it, RECIPE --config {recipe}. Recipes: {names}"
+        )
+    raise LaunchError(f"{recipe!r} is neither a file nor a module nor one of our recipes: {names}")
+
+
+def load_config(words: Sequence[str], config_class: type[Config] = Config) -> dict[str, Any]:
+    """Read the yaml of `--config` and apply the overrides.
+
+    Args:
+        words: `--config NAME|PATH` or `--config=NAME|PATH`, `key=value` and `~key`, in any order. A key may be dotted.
+            A text for a key that holds a component replaces its `_component_`.
+        config_class: says which keys take the text of the command line as it is; others are read as yaml.
 
     Returns:
-        The merged config, not checked and without defaults.
+        Plain values by key, not checked and without defaults; `???` where one is not known.
 
     Raises:
-        ConfigError: If the file cannot be read or an argument not understood.
+        ConfigError: if the file cannot be read or a word not understood; with every value that cannot be resolved.
     """
-    from torchtune import config as torchtune_config  # seconds to import; `dllm-jepa ls` must not pay for it
-
-    texts = {key: text for key, _, text in (word.partition("=") for word in arguments) if key in verbatim}
-    resolved = _with_resolved_config([word for word in arguments if word.partition("=")[0] not in verbatim])
-    merged: list[DictConfig] = []
-
-    def keep(cfg: DictConfig) -> None:
-        """Arguments: --config NAME|PATH, then key=value to set and ~key to remove keys of the config."""
-        merged.append(cfg)
-
-    with _argv([sys.argv[0], *resolved]):
+    name, overrides = _split(words)
+    cfg = _read(resolve_config(name))
+    verbatim: dict[str, str | None] = {}
+    for word in overrides:
+        key, separator, text = word.partition("=")
+        field = config_class.model_fields.get(key)
+        if separator and field is not None and has_mark(field, Verbatim):
+            verbatim[key] = None if text == "null" else text
+            continue
         try:
-            torchtune_config.parse(keep)()
-        except SystemExit:
-            if not merged:  # argparse's own: --help
-                raise
-        except (ValueError, TypeError, AssertionError, OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ConfigError(f"command line {' '.join(arguments)!r}: {error}") from error
-    for key, text in texts.items():
-        merged[0][key] = None if text == "null" else _without_interpolation(text)
-    return _with_whole_values(merged[0])
+            _apply(cfg, word)
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"command line: {word!r} cannot be applied: {str(error).splitlines()[0]}") from error
+    values, lines = _plain(cfg, "")
+    if lines:
+        raise ConfigError("\n".join(["the config cannot be resolved:", *(f"  - {line}" for line in lines)]))
+    find_from_here()
+    return values | verbatim
 
 
-def _without_interpolation(text: str) -> str:
-    """The text as OmegaConf has to be given it to give it back: `${` has a meaning there, unless behind a backslash."""
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-
-
-def _with_whole_values(cfg: DictConfig) -> DictConfig:
-    """Let `key=null` and `key={...}` replace a component.
-
-    For a key with a component, torchtune reads `key=value` as `key._component_=value`: right for the name of a builder,
-    not for these two.
-    """
-    for name in map(str, cfg):
-        node = None if OmegaConf.is_missing(cfg, name) or OmegaConf.is_interpolation(cfg, name) else cfg[name]
-        if isinstance(node, DictConfig) and "_component_" in node and not isinstance(node["_component_"], str):
-            cfg[name] = node["_component_"]
-    return cfg
-
-
-def _with_resolved_config(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with the config's name replaced by the path of a file that has been read once."""
-    resolved: list[str] = []
-    found = False
-    words = iter(arguments)
-    for word in words:
-        if word == "--config" or word.startswith("--config="):
-            name = word.removeprefix("--config=") if "=" in word else next(words, "")
-            if not name:
-                raise ConfigError(_NO_CONFIG)
-            path = resolve_config(name)
-            read_config(path)
-            found = True
-            resolved += ["--config", str(path)]
+def _split(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The value of --config, and the other words."""
+    name, others = "", []
+    rest = iter(words)
+    for word in rest:
+        if word == "--config":
+            name = next(rest, "")
+        elif word.startswith("--config="):
+            name = word.removeprefix("--config=")
         else:
-            resolved.append(word)
-    if not found and not {"-h", "--help"}.intersection(arguments):
+            others.append(word)
+    if not name:
         raise ConfigError(_NO_CONFIG)
-    return resolved
+    return name, others
 
 
-def read_config(path: Path) -> DictConfig:
-    """Read one yaml file, without defaults or checks of its keys.
+def _apply(cfg: DictConfig, word: str) -> None:
+    """Change a config by one word of the command line."""
+    if word.startswith("~"):
+        *parents, last = word[1:].split(".")
+        node = cfg
+        for parent in parents:
+            node = node[parent]
+        if last not in node:
+            raise ConfigError(f"command line: {word!r} removes a key that is not there")
+        del node[last]
+        return
+    key, separator, text = word.partition("=")
+    if not separator or not key or key.startswith("-"):
+        raise ConfigError(f"command line: {word!r} is neither key=value nor ~key; options of torchrun come first")
+    value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    assert isinstance(value, dict), type(value)
+    present = OmegaConf.select(cfg, key) if not OmegaConf.is_missing(cfg, key.partition(".")[0]) else None
+    if isinstance(present, DictConfig) and "_component_" in present and isinstance(value["value"], str):
+        key = f"{key}._component_"
+    OmegaConf.update(cfg, key, value["value"], merge=False, force_add=True)
 
-    Raises:
-        ConfigError: If the file cannot be read or is not a yaml mapping.
-    """
+
+def _read(path: Path) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)
     except yaml.YAMLError as error:
@@ -167,14 +196,44 @@ def read_config(path: Path) -> DictConfig:
     return loaded
 
 
-@contextmanager
-def _argv(words: list[str]) -> Iterator[None]:
-    """Let torchtune's parser, which reads sys.argv, see other words for a while."""
-    before, sys.argv = sys.argv, words
-    try:
-        yield
-    finally:
-        sys.argv = before
+def read_config(path: Path) -> dict[str, Any]:
+    """The values of a yaml file as they stand there.
+
+    Raises:
+        ConfigError: if the file cannot be read or is not a yaml mapping.
+    """
+    values = OmegaConf.to_container(_read(path), resolve=False)
+    assert isinstance(values, dict), type(values)
+    return {str(key): value for key, value in values.items()}
+
+
+def _plain(node: DictConfig, prefix: str) -> tuple[dict[str, Any], list[str]]:
+    """Dicts and lists of a config, `???` for what is missing, and a line for each value that cannot be resolved."""
+    values: dict[str, Any] = {}
+    lines: list[str] = []
+    for name in map(str, node):
+        dotted = prefix + name
+        try:
+            value = node[name]
+            if isinstance(value, DictConfig):
+                values[name], found = _plain(value, f"{dotted}.")
+                lines += found
+            elif isinstance(value, ListConfig):
+                values[name] = OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+            else:
+                values[name] = value
+        except (MissingMandatoryValue, InterpolationToMissingValueError):
+            values[name] = UNSET
+        except OmegaConfBaseException as error:
+            lines.append(f"{dotted}: cannot be resolved: {str(error).splitlines()[0]}")
+    return values, lines
+
+
+def find_from_here() -> None:
+    """Make modules of the working directory importable: builders may stand in a file beside the config."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
 
 
 def _rank() -> int:
@@ -186,5 +245,12 @@ def _report(error: UserError) -> None:
     rank = _rank()
     if rank != 0 and not isinstance(error, LostRankError):
         time.sleep(_SECONDS_FOR_RANK_ZERO)
-    origin = f" (rank {rank})" if rank != 0 else ""
-    print(f"error{origin}: {error}", file=sys.stderr, flush=True)
+    of_rank = f" (rank {rank})" if rank != 0 else ""
+    print(f"error{of_rank}: {error}", file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # torchrun ends with a report of its own, below our message; it quotes what it finds here.
+        message = {
+            "message": f"error{of_rank}: {error}",
+            "extraInfo": {"py_callstack": "", "timestamp": int(time.time())},
+        }
+        Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel
 
-from dllm_jepa.config._kinds import Component, Key
+from dllm_jepa.config._bases import Training
+from dllm_jepa.config._component import Component, Given
+from dllm_jepa.config._config import MayChange, has_mark, marks
 from dllm_jepa.config._parse import read_config
-from dllm_jepa.config._schema import TRAINING, Schema
-from dllm_jepa.config._validate import with_defaults
 from dllm_jepa.config._wording import shown
 from dllm_jepa.errors import ConfigError
 
@@ -17,40 +17,46 @@ _ABSENT = "nothing"
 _ABOUT_RESUMING = ("resume", "resume_override")
 
 
-def check_resume(cfg: DictConfig, saved: Path, schema: Schema = TRAINING) -> list[str]:
+def check_resume(cfg: Training, saved: Path) -> list[str]:
     """Compare a config with that of the checkpoint it goes on from.
 
     Args:
-        cfg: The config of the resumed run, checked; its `resume_override` lets it change the run.
-        saved: `config.yaml` of the checkpoint.
-        schema: The keys, which say what may change.
+        cfg: the config of the resumed run; its `resume_override` lets it change the run.
+        saved: `config.yaml` of the checkpoint. A key that it does not have counts with its default.
 
     Returns:
         A line for every key that changed and may.
 
     Raises:
-        ConfigError: With every key that changed and makes it another run.
+        ConfigError: with every key that changed and makes it another run.
     """
-    before, after = _plain(with_defaults(read_config(saved), schema)), _plain(with_defaults(cfg, schema))
-    harmless: list[str] = []
+    before, after = _with_defaults(type(cfg), read_config(saved)), cfg.model_dump()
+    allowed: list[str] = []
     changing: list[str] = []
-    for key in (key for key in schema.keys if key.name not in _ABOUT_RESUMING):
-        for name, old, new in _changes(key.name, before.get(key.name, _ABSENT), after.get(key.name, _ABSENT)):
+    for key in [*after, *(name for name in before if name not in after)]:
+        if key in _ABOUT_RESUMING:
+            continue
+        for name, old, new in _changes(key, before.get(key, _ABSENT), after.get(key, _ABSENT)):
             line = f"{name}: {shown(old)} -> {shown(new)}"
-            (harmless if _may_change(key, name, before, after) else changing).append(line)
+            (allowed if _may_change(type(cfg), name, before, after) else changing).append(line)
     if changing and not cfg.resume_override:
         raise ConfigError(
             f"{saved.parent} is of a run with other keys, which decide what the steps compute:\n"
             + "\n".join(f"  - {line}" for line in changing)
             + "\nSet them back, start a new run, or go on all the same with resume_override=true"
         )
-    return harmless + [f"{line} (resume_override)" for line in changing]
+    return allowed + [f"{line} (resume_override)" for line in changing]
 
 
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    values = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(values, dict), type(values)
-    return {str(name): value for name, value in values.items()}
+def _with_defaults(cls: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    filled = dict(values)
+    for name, field in cls.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            filled[name] = _with_defaults(field.annotation, values.get(name) or {})
+        elif name not in values and not field.is_required():
+            default = field.get_default(call_default_factory=True)
+            filled[name] = default.as_mapping() if isinstance(default, Component) else default
+    return filled
 
 
 def _changes(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -62,11 +68,14 @@ def _changes(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
         yield name, old, new
 
 
-def _may_change(key: Key, name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    if key.name in ("epochs", "max_steps"):  # they say when to stop, and a schedule may stretch to it
+def _may_change(cls: type[Training], name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    key, _, argument = name.partition(".")
+    if key in ("epochs", "max_steps"):  # they say when to stop, and a schedule may stretch to it
         return _has_fixed_schedule(before) and _has_fixed_schedule(after)
-    paths = key.kind.paths if isinstance(key.kind, Component) else ()
-    return key.may_change or name in {f"{key.name}.{argument}" for argument in paths}
+    field = cls.model_fields.get(key)
+    if field is None:
+        return False
+    return has_mark(field, MayChange) or any(argument in given.paths for given in marks(field, Given))
 
 
 def _has_fixed_schedule(values: Mapping[str, Any]) -> bool:

@@ -1,9 +1,24 @@
-"""How messages name values and near misses."""
+"""How messages name values, what is allowed, and near misses."""
 
 import difflib
 import json
-from collections.abc import Iterable
-from pathlib import Path
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal, Union
+
+import annotated_types as at
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """In an annotation: what is allowed, in words, where the type does not say it."""
+
+    words: str
 
 
 def shown(value: object) -> str:
@@ -22,3 +37,72 @@ def suggestion(word: str, names: Iterable[str]) -> str:
     """Return ` Did you mean x?` for the name nearest to `word`, or nothing if none is near."""
     matches = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
     return f" Did you mean {matches[0]}?" if matches else ""
+
+
+def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """What a type allows, in words: `an integer >= 1 or null`.
+
+    Args:
+        annotation: the type.
+        metadata: bounds and phrases, as `Annotated` holds them.
+    """
+    origin, members = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return describe(members[0], [*members[1:], *metadata])
+    for entry in metadata:
+        if isinstance(entry, FieldInfo):
+            return describe(annotation, [e for e in metadata if e is not entry] + entry.metadata)
+    if origin in (Union, types.UnionType):
+        names = [describe(member, metadata) for member in members if member is not types.NoneType]
+        return " or ".join(dict.fromkeys([*names, *(["null"] if types.NoneType in members else [])]))
+    for entry in metadata:
+        if isinstance(entry, Phrase):
+            return entry.words
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, members))
+    if isinstance(origin, type) and issubclass(origin, tuple) and members[-1:] != (Ellipsis,):
+        return f"a list [{', '.join(map(describe, members))}]"
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return f"a list, each {describe(members[0])}" if members else "a list"
+    return _described_class(annotation, metadata)
+
+
+def _described_class(annotation: Any, metadata: Sequence[Any]) -> str:
+    if annotation is bool:
+        return "true or false"
+    if annotation in (int, float):
+        return ("an integer" if annotation is int else "a number") + _range(metadata)
+    if annotation is types.NoneType:
+        return "null"
+    if isinstance(annotation, type):
+        if issubclass(annotation, PurePath):
+            return "a path"
+        if issubclass(annotation, str):
+            return "a text"
+        if issubclass(annotation, BaseModel):
+            return "a mapping with the keys " + ", ".join(annotation.model_fields)
+        if annotation.__name__ == "Component":
+            return "a mapping with `_component_: package.builder` and its keyword arguments"
+        if issubclass(annotation, Mapping):
+            return "a mapping"
+        return annotation.__name__
+    return str(annotation).replace("typing.", "")
+
+
+def _range(metadata: Sequence[Any]) -> str:
+    low = high = ""
+    least: Any = None
+    most: Any = None
+    for entry in metadata:
+        match entry:
+            case at.Ge(ge=bound):
+                low, least = ">=", bound
+            case at.Gt(gt=bound):
+                low, least = ">", bound
+            case at.Le(le=bound):
+                high, most = "<=", bound
+            case at.Lt(lt=bound):
+                high, most = "<", bound
+    if low and high:
+        return f" in {'[' if low == '>=' else '('}{least}, {most}{']' if high == '<=' else ')'}"
+    return f" {low} {least}" if low else f" {high} {most}" if high else ""

@@ -1,13 +1,13 @@
 """From rows to micro-batches: tasks, the batch plan, and collation."""
 
 from dllm_jepa.data._batch_plan import BatchPlan
+from dllm_jepa.data._builders import join_builder
 from dllm_jepa.data._chat import chat
-from dllm_jepa.data._collate import MicroBatch, TrainingBatches, total_counts
-from dllm_jepa.data._prefetch import PrefetchedBatches
+from dllm_jepa.data._collate import MicroBatch, PrefetchedBatches, TrainingBatches, total_counts
 from dllm_jepa.data._regex_pairs import generate_regex_pairs, regex_pairs
 from dllm_jepa.data._sequences import SequenceDataset, build_sequences
-from dllm_jepa.data._sources import Row, check_text, read_rows
-from dllm_jepa.data._tasks import TASKS, Task, django, gsm8k, nlrx, spider, spider_task
+from dllm_jepa.data._sources import Row, check_text, is_row_file, read_rows
+from dllm_jepa.data._tasks import TASKS, Task, django, gsm8k, nlrx, question_answer_builder, spider, spider_task
 from dllm_jepa.data._templates import Template, format_prompt
 from dllm_jepa.data._text import text
 
@@ -28,7 +28,10 @@ __all__ = [
     "format_prompt",
     "generate_regex_pairs",
     "gsm8k",
+    "is_row_file",
+    "join_builder",
     "nlrx",
+    "question_answer_builder",
     "read_rows",
     "regex_pairs",
     "spider",

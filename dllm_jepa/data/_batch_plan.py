@@ -51,11 +51,12 @@ class BatchPlan:
         num_ranks: R.
         seed: seed of the run.
         packed: sequences lie end to end; otherwise every row is padded to the longest of its micro-batch.
-        accumulates: a step may take more than one micro-batch a rank.
+        unsplit_for: what needs the sequences of a rank in one micro-batch, for the message that refuses more; None
+            lets a step take several.
 
     Raises:
         ConfigError: if the dataset is smaller than a step, a step than the number of ranks, a micro-batch than the
-            longest sequence, or, where gradients cannot accumulate, than a step.
+            longest sequence, or, where a step must not be split, than what a rank may get of it.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class BatchPlan:
         num_ranks: int,
         seed: int,
         packed: bool = True,
-        accumulates: bool = True,
+        unsplit_for: str | None = None,
     ) -> None:
         if global_batch_size < num_ranks:
             raise ConfigError(
@@ -83,12 +84,12 @@ class BatchPlan:
                 f"tokens_per_device={tokens_per_device} is below the longest sequence ({longest} tokens, sequence "
                 f"{int(lengths.argmax())}): raise it to at least {longest} or lower max_seq_len"
             )
-        most = np.sort(lengths)[-global_batch_size:]
-        if not accumulates and (step := int(most.sum() if packed else most.max() * len(most))) > tokens_per_device:
+        most = largest_share(np.sort(lengths)[-global_batch_size:], num_ranks, packed=packed)
+        if unsplit_for is not None and most > tokens_per_device:
             raise ConfigError(
-                f"tokens_per_device={tokens_per_device} may take several micro-batches for a step, whose longest "
-                f"sequences have {step} tokens together, and optimizer_in_bwd allows one: raise it to {step}, lower "
-                "global_batch_size, or set optimizer_in_bwd: false"
+                f"tokens_per_device={tokens_per_device} may split a step into several micro-batches a rank, as the "
+                f"longest sequences make up to {most} tokens for one, and {unsplit_for} needs them in one: raise it to "
+                f"{most}, lower global_batch_size, or do without {unsplit_for}"
             )
         self._lengths = lengths
         self._global_batch_size = global_batch_size
@@ -124,6 +125,21 @@ class BatchPlan:
     def _shuffle(self, epoch: int) -> IntArray:
         generator = np.random.Generator(np.random.Philox(key=[self._seed, 1], counter=[0, 0, 0, epoch]))
         return generator.permutation(len(self._lengths))
+
+
+def largest_share(lengths: IntArray, num_ranks: int, *, packed: bool) -> int:
+    """Most tokens that a rank can get of a step, in one micro-batch of its own.
+
+    Args:
+        lengths: int64 [G], in tokens, of the longest sequences that a step can have.
+        num_ranks: R.
+        packed: as of `BatchPlan`.
+    """
+    longest = int(lengths.max())
+    if not packed:
+        return longest * -(-len(lengths) // num_ranks)
+    # Longest first: a sequence goes where there is less than an even share of the others.
+    return -(-(int(lengths.sum()) + (num_ranks - 1) * longest) // num_ranks)
 
 
 def split_packed(lengths: IntArray, capacity: int, num_ranks: int) -> list[list[int]]:

@@ -1,7 +1,9 @@
 """Conversations: every assistant turn is a response."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from dllm_jepa.data._examples import ExampleOptions, TooLong
 from dllm_jepa.data._sequences import SequenceDataset
@@ -20,9 +22,10 @@ def chat(
     split: str = "train",
     name: str | None = None,
     system_prompt: str | None = None,
+    max_rows: Annotated[int, Ge(1)] | None = None,
     too_long: TooLong = "truncate",
-    eos_fill: int = 0,
-    canvas_tokens: int | None = None,
+    eos_fill: Annotated[int, Ge(0)] = 0,
+    canvas_tokens: Annotated[int, Ge(1)] | None = None,
     mask_prompt: bool = False,
     shift_logits: bool = False,
     progress: bool = True,
@@ -39,6 +42,7 @@ def chat(
         split: split of a hub dataset.
         name: configuration of a hub dataset.
         system_prompt: in place of the row's own system message; "" for none; None leaves the row as it is.
+        max_rows: read only the first so many; None for all.
         too_long: `truncate` or `refuse` longer sequences.
         eos_fill: end-of-text tokens after the last response; see `ExampleOptions`, also for what follows.
         canvas_tokens: fill the last response to this many tokens instead.
@@ -55,7 +59,7 @@ def chat(
     )
 
     def examples() -> Iterator[tuple[list[int], list[bool], str]]:
-        for row in read_rows(source, fields=["messages"], split=split, name=name, kind=list):
+        for row in read_rows(source, fields=["messages"], split=split, name=name, kind=list, max_rows=max_rows):
             messages = _messages(row, system_prompt)
             tokens, maskable = format_chat(tokenizer, messages)
             if any(message["role"] == "assistant" and message["content"].strip() for message in messages):
@@ -63,7 +67,7 @@ def chat(
             else:
                 yield tokens, [False] * len(tokens), row.name
 
-    return options.collect(examples(), source=source)
+    return options.collect(examples(), source=source, system_prompt=system_prompt)
 
 
 def _messages(row: Row, system_prompt: str | None) -> list[dict[str, str]]:

@@ -79,8 +79,16 @@ class ExampleOptions:
             maskable = [tokens[0] != tokenizer.bos_id] + [True] * (len(tokens) - 1)
         return tokens, maskable
 
-    def collect(self, examples: Iterable[tuple[list[int], list[bool], str]], *, source: str) -> SequenceDataset:
-        """Collect finished examples (tokens, maskable, name of the row) into a dataset; see `build_sequences`."""
+    def collect(
+        self, examples: Iterable[tuple[list[int], list[bool], str]], *, source: str, system_prompt: str | None
+    ) -> SequenceDataset:
+        """Collect finished examples (tokens, maskable, name of the row) into a dataset; see `build_sequences`.
+
+        Args:
+            examples: finished examples.
+            source: where the rows come from, for messages.
+            system_prompt: the one of all rows; None if every row has its own.
+        """
         return build_sequences(
             examples,
             source=source,
@@ -88,6 +96,7 @@ class ExampleOptions:
             too_long=self.too_long,
             shift_logits=self.shift_logits,
             progress=self.progress,
+            prompt={"template": self.template, "system_prompt": system_prompt},
         )
 
 

@@ -5,7 +5,7 @@ Shape legend: n sequences, T tokens of one of them, N tokens of all.
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -15,6 +15,8 @@ from tqdm import tqdm
 from dllm_jepa.errors import DataError
 
 _NUM_NAMED_ROWS = 5
+# Share of the sequences above which truncation is more than a few outliers.
+_MOST_TRUNCATED = 0.01
 
 
 class SequenceDataset:
@@ -26,6 +28,9 @@ class SequenceDataset:
         offsets: int64 [n + 1], sequence i is offsets[i] to offsets[i + 1].
         num_truncated: sequences that were cut to max_seq_len.
         source: where the rows came from, for messages.
+        prompt: how the prompts were written: `template`, and `system_prompt` (text, "" for none, None where every row
+            has its own); None for data without prompts.
+        warnings: what the user should know, one line each.
     """
 
     def __init__(
@@ -36,6 +41,8 @@ class SequenceDataset:
         *,
         num_truncated: int,
         source: str,
+        prompt: Mapping[str, str | None] | None = None,
+        warnings: Sequence[str] = (),
     ) -> None:
         self.tokens = tokens
         self.maskable = maskable
@@ -43,9 +50,11 @@ class SequenceDataset:
         self.lengths: npt.NDArray[np.int64] = np.diff(offsets)
         self.num_truncated = num_truncated
         self.source = source
+        self.prompt = None if prompt is None else dict(prompt)
+        self.warnings = list(warnings)
 
-    def facts(self) -> dict[str, str | int]:
-        """What tells this dataset and its tokenizer from others: `source`, `sequences` and `sha256` of all tokens."""
+    def fingerprint(self) -> dict[str, str | int]:
+        """What identifies this dataset and its tokenizer: `source`, `sequences` and `sha256` of all tokens."""
         digest = hashlib.sha256()
         for values in (self.tokens, self.maskable, self.offsets):
             digest.update(np.ascontiguousarray(values).data)
@@ -76,6 +85,7 @@ def build_sequences(
     too_long: Literal["truncate", "refuse"],
     shift_logits: bool,
     progress: bool,
+    prompt: Mapping[str, str | None] | None = None,
 ) -> SequenceDataset:
     """Collect encoded rows into a dataset and report every unusable row at once.
 
@@ -91,12 +101,13 @@ def build_sequences(
         shift_logits: the backbone scores a token from the hidden state before it, so that the first token of a
             sequence cannot be scored and is never maskable.
         progress: show a progress bar, if stderr is a terminal.
+        prompt: how the prompts were written; see `SequenceDataset`.
 
     Raises:
         DataError: there is no row, or some cannot be used.
     """
     tokens, maskable, lengths = array("i"), bytearray(), array("q", [0])
-    num_truncated = 0
+    whole_lengths = array("q")  # before truncation
     problems: list[str] = []
     # None switches the bar off where there is no terminal to draw it on.
     bar = tqdm(rows, desc=f"tokenizing {source}", unit=" rows", disable=None if progress else True)
@@ -107,7 +118,7 @@ def build_sequences(
         if problem := _problem(len(row_tokens), any(flags), max_seq_len, too_long):
             problems.append(f"{name}: {problem}")
             continue
-        num_truncated += len(row_tokens) > max_seq_len
+        whole_lengths.append(len(row_tokens))
         tokens.extend(row_tokens[:max_seq_len])
         maskable.extend(flags)
         lengths.append(len(flags))
@@ -115,13 +126,35 @@ def build_sequences(
         raise DataError(_describe(problems, source))
     if len(lengths) == 1:
         raise DataError(f"{source} has no rows")
+    wanted = np.frombuffer(whole_lengths, dtype=np.int64)
     return SequenceDataset(
         np.frombuffer(tokens, dtype=np.int32),
         np.frombuffer(maskable, dtype=np.bool_),
         np.cumsum(np.frombuffer(lengths, dtype=np.int64)),
-        num_truncated=num_truncated,
+        num_truncated=int((wanted > max_seq_len).sum()),
         source=source,
+        prompt=prompt,
+        warnings=_truncation_warnings(wanted, max_seq_len),
     )
+
+
+def _truncation_warnings(lengths: npt.NDArray[np.int64], max_seq_len: int) -> list[str]:
+    """One line if more sequences are cut than a few outliers.
+
+    Args:
+        lengths: int64 [n], tokens of the sequences before they are cut.
+        max_seq_len: longest sequence in tokens.
+    """
+    share = float((lengths > max_seq_len).mean())
+    if share <= _MOST_TRUNCATED:
+        return []
+    # Lengths that occur, so that a max_seq_len of the last one but one really holds 99 % of the sequences.
+    half, most, nearly_all, longest = np.quantile(lengths, [0.5, 0.9, 0.99, 1.0], method="inverted_cdf").tolist()
+    return [
+        f"{share:.1%} of the sequences are cut to max_seq_len={max_seq_len} and do not learn to end; of all, 50 % have "
+        f"at most {half} tokens, 90 % {most}, 99 % {nearly_all}, and the longest has {longest}: "
+        f"max_seq_len={nearly_all} fits 99 %"
+    ]
 
 
 def _problem(num_tokens: int, has_maskable: bool, max_seq_len: int, too_long: str) -> str | None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,19 @@ class Row:
     values: Mapping[str, Any]
 
 
+def is_row_file(source: str) -> bool:
+    """Whether a source is a file, there or not, and no dataset on the hub."""
+    return Path(source).exists() or Path(source).suffix in (".json", ".jsonl")
+
+
 def read_rows(
-    source: str, *, fields: Sequence[str], split: str = "train", name: str | None = None, kind: type = str
+    source: str,
+    *,
+    fields: Sequence[str],
+    split: str = "train",
+    name: str | None = None,
+    kind: type = str,
+    max_rows: int | None = None,
 ) -> Iterator[Row]:
     """Read rows that have certain fields.
 
@@ -43,19 +55,22 @@ def read_rows(
         split: split of a hub dataset; a file is its own split.
         name: configuration of a hub dataset, such as `main` of openai/gsm8k.
         kind: what the fields hold: str or list.
+        max_rows: read only the first so many, at least 1; None for all. A hub dataset is fetched as a whole.
 
     Yields:
         Rows in their order. Blank lines of a file are skipped.
 
     Raises:
         DataError: the source cannot be read, has no rows, or a row is not of this form; at the first such row.
+        ValueError: `max_rows` is out of range.
     """
-    path = Path(source)
-    is_file = path.exists() or path.suffix in (".json", ".jsonl")
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be 1 or more, got {max_rows}")
+    is_file = is_row_file(source)
     if is_file and name is not None:
         raise DataError(f"{source} is a file: `name` (here {name!r}) is for datasets on the hub, set it to null")
     num_rows = 0
-    for row in _read_file(path) if is_file else _read_hub(source, split, name):
+    for row in islice(_read_file(Path(source)) if is_file else _read_hub(source, split, name), max_rows):
         _check_fields(row, fields, kind)
         num_rows += 1
         yield row

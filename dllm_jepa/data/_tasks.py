@@ -1,11 +1,18 @@
-"""The tasks with one question and one response per row: what stands in their prompts, and a builder for each."""
+"""The tasks with one question and one response per row: what stands in their prompts, and a builder for each.
 
+A task is a row of `TASKS` and a line that makes its builder; `dllm_jepa.evals` scores the same tasks by the same rows.
+"""
+
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+from annotated_types import Ge
+
+from dllm_jepa.data._builders import join_builder
 from dllm_jepa.data._examples import ExampleOptions, TooLong
-from dllm_jepa.data._schemas import read_schemas
 from dllm_jepa.data._sequences import SequenceDataset
 from dllm_jepa.data._sources import Row, read_rows
 from dllm_jepa.data._templates import Template, TextTokenizer, format_example
@@ -21,41 +28,170 @@ class Task:
         fields: fields that every row must have, all of them text.
         question: the user field of a row.
         response_field: the field that holds the response.
+        doc: what the rows are, in one sentence.
+        heldout_split: the split of its hub dataset that is evaluated on.
     """
 
     system_prompt: str
     fields: tuple[str, ...]
     question: Callable[[Mapping[str, Any]], str]
     response_field: str
+    doc: str = ""
+    heldout_split: str = "test"
 
 
 TASKS = {
     "gsm8k": Task(
-        "Answer the math question, show steps.", ("question", "answer"), lambda row: str(row["question"]), "answer"
+        "Answer the math question, show steps.",
+        ("question", "answer"),
+        lambda row: str(row["question"]),
+        "answer",
+        "Grade-school maths: rows with `question` and `answer` (ending in `#### number`).",
     ),
     "nlrx": Task(
         "Convert natural language to regular expression.",
         ("description", "regex"),
         lambda row: str(row["description"]),
         "regex",
+        "Descriptions of regular expressions: rows with `description` and `regex`.",
     ),
     "spider": Task(
         "Convert natural language to SQL.",
         ("db_id", "question", "query"),
         lambda row: f"For db_id:[{row['db_id']}]\n\n{row['question']}",
         "query",
+        "Questions to databases: rows with `db_id`, `question` and `query`.",
+        heldout_split="validation",
     ),
     "django": Task(
         "Convert natural language to Python code.",
         ("annotation", "code"),
         lambda row: str(row["annotation"]),
         "code",
+        "Descriptions of lines of Python: rows with `annotation` and `code`.",
     ),
 }
 
 
-def spider_task(tables: str | None) -> Task:
-    """The Spider task, with the schema text of the row's database in the user field if `tables` names its tables.json.
+@dataclass(frozen=True)
+class Examples:
+    """Rows of a task.
+
+    Args:
+        task: what stands in prompt and response.
+        rows: rows that have the task's fields.
+        source: where they come from, for messages.
+    """
+
+    task: Task
+    rows: Iterable[Row]
+    source: str
+
+
+def question_answer_builder(name: str, task: Callable[..., Task]) -> Callable[..., SequenceDataset]:
+    """Make the dataset builder of a task whose rows come from a file or from the hub.
+
+    Args:
+        name: name of the builder.
+        task: makes the task; the builder takes its keyword-only arguments too.
+
+    Returns:
+        A builder with the arguments of `read_examples` and `encode_examples`.
+    """
+    doc = TASKS[name].doc if name in TASKS else ""
+    return join_builder(name, doc, encode_examples, join_builder(name, "", read_examples, task))
+
+
+def read_examples(
+    task: Callable[[], Task],
+    *,
+    source: str,
+    split: str = "train",
+    name: str | None = None,
+    max_rows: Annotated[int, Ge(1)] | None = None,
+) -> Examples:
+    """Read the rows of a task.
+
+    Args:
+        task: makes the task.
+        source: a .jsonl file, or a hub dataset such as openai/gsm8k.
+        split: split of a hub dataset.
+        name: configuration of a hub dataset, such as `main`.
+        max_rows: read only the first so many; None for all.
+
+    Raises:
+        DataError: the source or some of its rows cannot be used.
+    """
+    made = task()
+    return Examples(made, read_rows(source, fields=made.fields, split=split, name=name, max_rows=max_rows), source)
+
+
+def encode_examples(
+    examples: Callable[[], Examples],
+    tokenizer: TextTokenizer,
+    *,
+    max_seq_len: int,
+    template: Template = "chat",
+    system_prompt: str | None = None,
+    too_long: TooLong = "truncate",
+    eos_fill: Annotated[int, Ge(0)] = 0,
+    canvas_tokens: Annotated[int, Ge(1)] | None = None,
+    mask_prompt: bool = False,
+    shift_logits: bool = False,
+    progress: bool = True,
+) -> SequenceDataset:
+    """Encode the rows of a task.
+
+    Args:
+        examples: reads the rows.
+        tokenizer: the model's tokenizer.
+        max_seq_len: longest sequence in tokens.
+        template: `chat` (the tokenizer's chat format) or `plain` (text, for base checkpoints).
+        system_prompt: in place of the task's own; "" for none; None for the task's own.
+        too_long: `truncate` or `refuse` longer sequences.
+        eos_fill: end-of-text tokens after a response; see `ExampleOptions`, also for what follows.
+        canvas_tokens: fill responses to this many tokens instead.
+        mask_prompt: whether noise may replace the prompt too.
+        shift_logits: the first token is never maskable.
+        progress: show a progress bar.
+
+    Raises:
+        DataError: there is no row, or some cannot be used. A response that is blank leaves nothing maskable.
+        ValueError: an option is out of range.
+    """
+    options = ExampleOptions(
+        template, max_seq_len, too_long, eos_fill, canvas_tokens, mask_prompt, shift_logits, progress
+    )
+    found = examples()
+    task = found.task
+    system = task.system_prompt if system_prompt is None else system_prompt
+
+    def encoded() -> Iterator[tuple[list[int], list[bool], str]]:
+        for row in found.rows:
+            response = row.values[task.response_field]
+            tokens, maskable = format_example(
+                tokenizer, system=system, question=_question(task, row), response=response, template=template
+            )
+            if response.strip():
+                yield *options.finish(tokenizer, tokens, maskable), row.name
+            else:
+                yield tokens, [False] * len(tokens), row.name
+
+    return options.collect(encoded(), source=found.source, system_prompt=system)
+
+
+def _question(task: Task, row: Row) -> str:
+    try:
+        return task.question(row.values)
+    except DataError as error:
+        raise DataError(f"{row.name}: {error}") from error
+
+
+def spider_task(*, tables: str | None = None) -> Task:
+    """The Spider task, with or without the schema text of the row's database in front of the question.
+
+    Args:
+        tables: Spider's tables.json: the schema text of the row's database then stands in front of the question.
 
     Raises:
         DataError: the file cannot be read; later, from the task's `question`, a row names a database not in it.
@@ -72,206 +208,60 @@ def spider_task(tables: str | None) -> Task:
     return replace(TASKS["spider"], question=question)
 
 
-def build_task(
-    task: Task,
-    tokenizer: TextTokenizer,
-    rows: Iterable[Row],
-    *,
-    source: str,
-    system_prompt: str | None,
-    options: ExampleOptions,
-) -> SequenceDataset:
-    """Encode the rows of a task.
+gsm8k = question_answer_builder("gsm8k", lambda: TASKS["gsm8k"])
+nlrx = question_answer_builder("nlrx", lambda: TASKS["nlrx"])
+django = question_answer_builder("django", lambda: TASKS["django"])
+spider = question_answer_builder("spider", spider_task)
+
+
+def read_schemas(path: str) -> dict[str, str]:
+    """Read tables.json of Spider.
 
     Args:
-        task: what stands in prompt and response.
-        tokenizer: the model's tokenizer.
-        rows: rows that have the task's fields.
-        source: where they come from, for messages.
-        system_prompt: in place of the task's own; "" for none; None for the task's own.
-        options: template, lengths, end-of-text fill and masking.
+        path: a JSON list with one object per database.
+
+    Returns:
+        Schema text by `db_id`: a line `table(column, column)` per table, in the names that queries use, and a line
+        `foreign keys: table.column = table.column, ...` if there are any.
 
     Raises:
-        DataError: there is no row, or some cannot be used. A response that is blank leaves nothing maskable.
+        DataError: the file cannot be read or is not of this form.
     """
-    system = task.system_prompt if system_prompt is None else system_prompt
-
-    def examples() -> Iterator[tuple[list[int], list[bool], str]]:
-        for row in rows:
-            response = row.values[task.response_field]
-            tokens, maskable = format_example(
-                tokenizer,
-                system=system,
-                question=_question(task, row),
-                response=response,
-                template=options.template,
-            )
-            if response.strip():
-                yield *options.finish(tokenizer, tokens, maskable), row.name
-            else:
-                yield tokens, [False] * len(tokens), row.name
-
-    return options.collect(examples(), source=source)
-
-
-def _question(task: Task, row: Row) -> str:
+    file = Path(path)
     try:
-        return task.question(row.values)
-    except DataError as error:
-        raise DataError(f"{row.name}: {error}") from error
+        databases = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"tables file {file} does not exist (looked for {file.absolute()})") from error
+    except OSError as error:
+        raise DataError(f"tables file {file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        # Not UTF-8 counts too: UnicodeDecodeError is a ValueError.
+        raise DataError(f"tables file {file} is not JSON: {error}") from error
+    if not isinstance(databases, list):
+        raise DataError(f"tables file {file} must hold a list of databases, not a {type(databases).__name__}")
+    schemas = {}
+    for number, database in enumerate(databases):
+        try:
+            schemas[str(database["db_id"])] = _schema_text(database)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise DataError(
+                f"tables file {file}: database {number} is not of Spider's form ({type(error).__name__}: {error}); it "
+                "needs db_id, table_names_original, column_names_original and foreign_keys"
+            ) from error
+    return schemas
 
 
-def _read_task(
-    task: Task,
-    tokenizer: TextTokenizer,
-    source: str,
-    *,
-    split: str,
-    name: str | None,
-    system_prompt: str | None,
-    options: ExampleOptions,
-) -> SequenceDataset:
-    rows = read_rows(source, fields=task.fields, split=split, name=name)
-    return build_task(task, tokenizer, rows, source=source, system_prompt=system_prompt, options=options)
+def _schema_text(database: Mapping[str, Any]) -> str:
+    tables = database["table_names_original"]
+    # The first column is "*", of no table (index -1).
+    columns = [(table, column) for table, column in database["column_names_original"]]
+    lines = [
+        f"{name}({', '.join(column for table, column in columns if table == number)})"
+        for number, name in enumerate(tables)
+    ]
+    keys = [f"{_name(columns[a], tables)} = {_name(columns[b], tables)}" for a, b in database["foreign_keys"]]
+    return "\n".join([*lines, f"foreign keys: {', '.join(keys)}"] if keys else lines)
 
 
-def gsm8k(
-    tokenizer: TextTokenizer,
-    *,
-    source: str,
-    max_seq_len: int,
-    split: str = "train",
-    name: str | None = None,
-    template: Template = "chat",
-    system_prompt: str | None = None,
-    too_long: TooLong = "truncate",
-    eos_fill: int = 0,
-    canvas_tokens: int | None = None,
-    mask_prompt: bool = False,
-    shift_logits: bool = False,
-    progress: bool = True,
-) -> SequenceDataset:
-    """Grade-school maths: rows with `question` and `answer` (ending in `#### number`).
-
-    Args:
-        tokenizer: the model's tokenizer.
-        source: a .jsonl file, or a hub dataset such as openai/gsm8k.
-        max_seq_len: longest sequence in tokens.
-        split: split of a hub dataset.
-        name: configuration of a hub dataset, such as `main`.
-        template: see `ExampleOptions`, as are the arguments after `system_prompt`.
-        system_prompt: in place of the task's own; "" for none; None for the task's own.
-        too_long: `truncate` or `refuse` longer sequences.
-        eos_fill: end-of-text tokens after a response.
-        canvas_tokens: fill responses to this many tokens instead.
-        mask_prompt: whether noise may replace the prompt too.
-        shift_logits: the first token is never maskable.
-        progress: show a progress bar.
-
-    Raises:
-        DataError: the source or some of its rows cannot be used.
-        ValueError: an option is out of range.
-    """
-    options = ExampleOptions(
-        template, max_seq_len, too_long, eos_fill, canvas_tokens, mask_prompt, shift_logits, progress
-    )
-    return _read_task(
-        TASKS["gsm8k"], tokenizer, source, split=split, name=name, system_prompt=system_prompt, options=options
-    )
-
-
-def nlrx(
-    tokenizer: TextTokenizer,
-    *,
-    source: str,
-    max_seq_len: int,
-    split: str = "train",
-    name: str | None = None,
-    template: Template = "chat",
-    system_prompt: str | None = None,
-    too_long: TooLong = "truncate",
-    eos_fill: int = 0,
-    canvas_tokens: int | None = None,
-    mask_prompt: bool = False,
-    shift_logits: bool = False,
-    progress: bool = True,
-) -> SequenceDataset:
-    """Descriptions of regular expressions: rows with `description` and `regex`. Arguments and errors as in `gsm8k`."""
-    options = ExampleOptions(
-        template, max_seq_len, too_long, eos_fill, canvas_tokens, mask_prompt, shift_logits, progress
-    )
-    return _read_task(
-        TASKS["nlrx"], tokenizer, source, split=split, name=name, system_prompt=system_prompt, options=options
-    )
-
-
-def django(
-    tokenizer: TextTokenizer,
-    *,
-    source: str,
-    max_seq_len: int,
-    split: str = "train",
-    name: str | None = None,
-    template: Template = "chat",
-    system_prompt: str | None = None,
-    too_long: TooLong = "truncate",
-    eos_fill: int = 0,
-    canvas_tokens: int | None = None,
-    mask_prompt: bool = False,
-    shift_logits: bool = False,
-    progress: bool = True,
-) -> SequenceDataset:
-    """Descriptions of lines of Python: rows with `annotation` and `code`. Arguments and errors as in `gsm8k`."""
-    options = ExampleOptions(
-        template, max_seq_len, too_long, eos_fill, canvas_tokens, mask_prompt, shift_logits, progress
-    )
-    return _read_task(
-        TASKS["django"], tokenizer, source, split=split, name=name, system_prompt=system_prompt, options=options
-    )
-
-
-def spider(
-    tokenizer: TextTokenizer,
-    *,
-    source: str,
-    max_seq_len: int,
-    tables: str | None = None,
-    split: str = "train",
-    name: str | None = None,
-    template: Template = "chat",
-    system_prompt: str | None = None,
-    too_long: TooLong = "truncate",
-    eos_fill: int = 0,
-    canvas_tokens: int | None = None,
-    mask_prompt: bool = False,
-    shift_logits: bool = False,
-    progress: bool = True,
-) -> SequenceDataset:
-    """Questions to databases: rows with `db_id`, `question` and `query`.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        source: a .jsonl file, or a hub dataset.
-        max_seq_len: longest sequence in tokens.
-        tables: Spider's tables.json: the schema text of the row's database then stands in front of the question.
-        split: as in `gsm8k`, with all arguments after it.
-        name: configuration of a hub dataset.
-        template: `chat` or `plain`.
-        system_prompt: in place of the task's own; "" for none; None for the task's own.
-        too_long: `truncate` or `refuse` longer sequences.
-        eos_fill: end-of-text tokens after a response.
-        canvas_tokens: fill responses to this many tokens instead.
-        mask_prompt: whether noise may replace the prompt too.
-        shift_logits: the first token is never maskable.
-        progress: show a progress bar.
-
-    Raises:
-        DataError: the source, some of its rows or the tables cannot be used.
-        ValueError: an option is out of range.
-    """
-    options = ExampleOptions(
-        template, max_seq_len, too_long, eos_fill, canvas_tokens, mask_prompt, shift_logits, progress
-    )
-    return _read_task(
-        spider_task(tables), tokenizer, source, split=split, name=name, system_prompt=system_prompt, options=options
-    )
+def _name(column: tuple[int, str], tables: list[str]) -> str:
+    return f"{tables[column[0]]}.{column[1]}"

@@ -1,7 +1,9 @@
 """Plain text for continued training."""
 
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from annotated_types import Ge
 
 from dllm_jepa.data._examples import check_choice, check_max_seq_len
 from dllm_jepa.data._sequences import SequenceDataset, build_sequences
@@ -18,6 +20,7 @@ def text(
     max_seq_len: int,
     split: str = "train",
     name: str | None = None,
+    max_rows: Annotated[int, Ge(1)] | None = None,
     too_long: TooLongText = "chunk",
     shift_logits: bool = False,
     progress: bool = True,
@@ -33,6 +36,7 @@ def text(
         max_seq_len: longest sequence in tokens, bos included.
         split: split of a hub dataset.
         name: configuration of a hub dataset.
+        max_rows: read only the first so many documents; None for all.
         too_long: `chunk` cuts a longer document into sequences of max_seq_len tokens and a rest, each with its own
             bos; `truncate` keeps the first one, without end-of-text token; `refuse` refuses it.
         shift_logits: the first token of a sequence is never maskable.
@@ -47,7 +51,7 @@ def text(
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
     def sequences() -> Iterator[tuple[list[int], list[bool], str]]:
-        for row in read_rows(source, fields=["text"], split=split, name=name):
+        for row in read_rows(source, fields=["text"], split=split, name=name, max_rows=max_rows):
             if not row.values["text"].strip():
                 continue
             document = [*tokenizer.encode(row.values["text"]), tokenizer.eos_id]

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dllm_jepa.errors import CheckpointError, DataError
-from dllm_jepa.evals._facts import differences
-from dllm_jepa.evals._results import GENERATIONS_NAME, SCORES_NAME
+from dllm_jepa.evals._results import GENERATIONS_NAME, SCORES_NAME, differences
 from dllm_jepa.evals._statistics import bootstrap_interval, mcnemar, newcombe_interval
 from dllm_jepa.evals._summary import aligned, is_measure, number, percent, values_of
 
-# Facts that must be the same, and those that are what a comparison is about.
+# Of the fingerprints: what must be the same, and what a comparison is about.
 _IDENTITY = ("task", "data_sha256")
 _COMPARED = ("model", "part")
 _NUM_NAMED_ITEMS = 5
@@ -163,7 +162,7 @@ def paired_table(measures: Mapping[str, PairedMeasure]) -> str:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Facts and rows of a finished evaluation."""
+    """Fingerprint and rows of a finished evaluation."""
     scores_path, generations_path = folder / SCORES_NAME, folder / GENERATIONS_NAME
     scores = _read_scores(scores_path)
     rows = _read_generations(generations_path)

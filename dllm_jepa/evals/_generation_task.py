@@ -9,10 +9,9 @@ from tqdm import tqdm
 
 from dllm_jepa.data import Row, Task, Template, format_prompt
 from dllm_jepa.errors import ConfigError
-from dllm_jepa.evals._facts import described, sha256_of
-from dllm_jepa.evals._score import ItemResult, Score
 from dllm_jepa.evals._shots import Shots
 from dllm_jepa.evals._sources import naming
+from dllm_jepa.evals._task import ItemResult, Score, described, sha256_of
 from dllm_jepa.generation import Decoding
 from dllm_jepa.models import MaskedDiffusionLM, Tokenizer
 
@@ -24,13 +23,13 @@ class Scoring:
     Args:
         score: from a prediction and the fields of its row to a score; it never raises on a prediction.
         check: raises DataError if the gold response of a row is none.
-        facts: settings that may change a score (JSON values).
+        fingerprint: settings that may change a score (JSON values).
         remarks: what a reader of the scores has to know, from the rows.
     """
 
     score: Callable[[str, Mapping[str, Any]], Score]
     check: Callable[[Mapping[str, Any]], object] = lambda row: None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
     remarks: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]] = lambda rows: {}
 
 
@@ -79,8 +78,8 @@ class PromptFormat:
         """A response up to where the next example would follow: a base model goes on with one of its own."""
         return response.partition("\n\n")[0] if self.template == "plain" else response
 
-    def facts(self) -> dict[str, Any]:
-        """What tells these prompts from others (JSON values)."""
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies these prompts (JSON values)."""
         return {
             "template": self.template,
             "system_prompt": self.system,
@@ -139,18 +138,18 @@ class GenerationTask:
                 f"{max_seq_len}: {advice}"
             )
 
-    def facts(self) -> dict[str, Any]:
-        """What tells this evaluation from another one; see `EvalTask`."""
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies this evaluation; see `EvalTask`."""
         fields = self.prompt_format.task.fields
         return {
             "task": self.name,
             "num_items": len(self.rows),
             "data_sha256": sha256_of([row.values[name] for name in fields] for row in self.rows),
-            **self.prompt_format.facts(),
+            **self.prompt_format.fingerprint(),
             "prompts_sha256": sha256_of(self.prompts),
             "decoding": described(self.decoding),
             "seed": self.seed,
-            **self.scoring.facts,
+            **self.scoring.fingerprint,
         }
 
     def remarks(self) -> dict[str, Any]:

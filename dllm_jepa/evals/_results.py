@@ -1,9 +1,10 @@
 """The folder of an evaluation: finished batches are kept as they come, so that nothing is evaluated twice.
 
 output_dir/
+    facts.json         the fingerprint of the evaluation
     parts/00000.jsonl  while it runs: a line per finished batch, a file per rank
     generations.jsonl  at the end: an object per item, in the order of the items
-    scores.json        at the end: scores with intervals, facts and settings
+    scores.json        at the end: scores with intervals, fingerprint (`facts`) and settings
 """
 
 import json
@@ -15,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from dllm_jepa.errors import DataError, LaunchError
-from dllm_jepa.evals._facts import differences
-from dllm_jepa.evals._score import ItemResult
+from dllm_jepa.evals._task import ItemResult
 from dllm_jepa.files import write_atomically
 
 GENERATIONS_NAME = "generations.jsonl"
 SCORES_NAME = "scores.json"
-_FACTS_NAME = "facts.json"
+_FINGERPRINT_NAME = "facts.json"
 _PARTS_NAME = "parts"
 _RUN_STATUS_NAME = "status.json"  # of a training run
 _POLL_SECONDS = 0.5
@@ -40,11 +40,11 @@ class ResultsFolder:
         self.scores = path / SCORES_NAME
         self._parts = path / _PARTS_NAME
 
-    def open(self, facts: Mapping[str, Any], *, resume: bool) -> set[int]:
+    def open(self, fingerprint: Mapping[str, Any], *, resume: bool) -> set[int]:
         """Take the folder into use, on one rank and before any other one writes.
 
         Args:
-            facts: what tells this evaluation from another one.
+            fingerprint: what identifies this evaluation (JSON values).
             resume: whether to go on with what is there.
 
         Returns:
@@ -54,19 +54,19 @@ class ResultsFolder:
             LaunchError: if it holds an evaluation and `resume` does not ask to go on with it, or that was another one,
                 or it cannot be written.
         """
-        held = self._held_facts()
+        held = self._held_fingerprint()
         if held is None and (self.path / _RUN_STATUS_NAME).exists():
             raise LaunchError(f"{self.path} is the output_dir of a training run: choose another one, such as its eval/")
         if held is None and (left := [file for file in (self.scores, self.generations) if file.exists()]):
             raise LaunchError(
-                f"{left[0]} is there without its {_FACTS_NAME}: choose another output_dir, or move it away"
+                f"{left[0]} is there without its {_FINGERPRINT_NAME}: choose another output_dir, or move it away"
             )
         if held is not None and not resume:
             raise LaunchError(
                 f"{self.path} already holds an evaluation; nothing is overwritten: choose another output_dir, or go on "
                 "with it by resume=auto"
             )
-        if held is not None and (found := differences(held, json.loads(json.dumps(facts)))):
+        if held is not None and (found := differences(held, json.loads(json.dumps(fingerprint)))):
             lines = [f"{key}: {json.dumps(then)} there, {json.dumps(now)} now" for key, (then, now) in found.items()]
             raise LaunchError(
                 f"{self.path} holds another evaluation, and the two are not mixed; choose another output_dir. They "
@@ -75,7 +75,7 @@ class ResultsFolder:
         try:
             self._parts.mkdir(parents=True, exist_ok=True)
             if held is None:
-                write_atomically(self.path / _FACTS_NAME, json.dumps(facts, indent=2) + "\n")
+                write_atomically(self.path / _FINGERPRINT_NAME, json.dumps(fingerprint, indent=2) + "\n")
         except OSError as error:
             raise LaunchError(f"output_dir={self.path} cannot be written: {error}") from None
         return self._finished()
@@ -143,15 +143,15 @@ class ResultsFolder:
         write_atomically(self.scores, json.dumps(scores, indent=2) + "\n")
         shutil.rmtree(self._parts, ignore_errors=True)
 
-    def _held_facts(self) -> dict[str, Any] | None:
-        file = self.path / _FACTS_NAME
+    def _held_fingerprint(self) -> dict[str, Any] | None:
+        file = self.path / _FINGERPRINT_NAME
         try:
-            facts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+            held = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         except (OSError, ValueError) as error:
             raise LaunchError(f"{file} cannot be read: {error}; choose another output_dir") from None
-        if not isinstance(facts, dict | None):
+        if not isinstance(held, dict | None):
             raise LaunchError(f"{file} cannot be read: it holds no JSON object; choose another output_dir")
-        return facts
+        return held
 
     def _finished(self) -> set[int]:
         return {record["batch"] for record in self._records()}
@@ -168,3 +168,24 @@ class ResultsFolder:
                     yield json.loads(line)
                 except ValueError:
                     continue  # cut off when the process was killed: that batch is not finished
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """What differs between two fingerprints.
+
+    Args:
+        a: JSON values by name.
+        b: the same of another evaluation.
+        prefix: stands in front of every name.
+
+    Returns:
+        Both values by dotted name, None for one that is missing.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys([*a, *b]):
+        of_a, of_b = a.get(key), b.get(key)
+        if isinstance(of_a, dict) and isinstance(of_b, dict):
+            found |= differences(of_a, of_b, f"{prefix}{key}.")
+        elif of_a != of_b:
+            found[f"{prefix}{key}"] = (of_a, of_b)
+    return found

@@ -3,13 +3,10 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-from dllm_jepa.data import Row, Task, read_rows
+from dllm_jepa.data import Row, Task, is_row_file, read_rows
 from dllm_jepa.errors import ConfigError, DataError
 from dllm_jepa.evals._shots import ShotOrder, Shots, in_order
-
-_ROW_FILES = (".json", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Sources:
             raise ValueError(f"num_shots must be 0 or more, got {num_shots}")
         if num_shots == 0:
             return (), "nothing"
-        if self.shots_source is None and (Path(self.source).exists() or Path(self.source).suffix in _ROW_FILES):
+        if self.shots_source is None and is_row_file(self.source):
             raise ConfigError(
                 f"task.shots_source: missing; with num_shots={num_shots} it must name a file of solved examples, such "
                 f"as train.jsonl, since {self.source} is a file and holds the items; or set num_shots=0"

@@ -1,208 +1,112 @@
-"""Builders of the tasks whose responses are generated; yaml files name them by `_component_`."""
+"""Builders of the tasks whose responses are generated; yaml files name them by `_component_`.
+
+A task is its row of `dllm_jepa.data.TASKS`, which training shares, a scorer, and a line at the end of this module.
+"""
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from dllm_jepa.data import TASKS, Row, Template, generate_regex_pairs
+from annotated_types import Ge
+
+from dllm_jepa.data import TASKS, Row, Task, Template, generate_regex_pairs, join_builder
 from dllm_jepa.data import spider_task as spider_questions
 from dllm_jepa.errors import ConfigError
 from dllm_jepa.evals import django, gsm8k, nlrx, spider
-from dllm_jepa.evals._facts import sha256_of
 from dllm_jepa.evals._generation_task import GenerationTask, PromptFormat, Scoring, build_generation_task
 from dllm_jepa.evals._shots import ShotOrder, Shots
 from dllm_jepa.evals._sources import Sources, solve
+from dllm_jepa.evals._task import Score, sha256_of
 from dllm_jepa.evals.nlrx import Dialect
 from dllm_jepa.generation import Decoding
 from dllm_jepa.models import Tokenizer
 
 
-def gsm8k_task(
-    tokenizer: Tokenizer,
-    decoding: Decoding,
-    *,
-    source: str,
-    num_shots: int = 0,
-    seed: int = 0,
-    max_items: int | None = None,
-    progress: bool = True,
-    split: str = "test",
-    name: str | None = None,
-    shots_source: str | None = None,
-    shots_split: str = "train",
-    shots: ShotOrder = "first_k",
-    template: Template = "chat",
-    system_prompt: str | None = None,
-) -> GenerationTask:
-    """Grade-school maths: rows with `question` and `answer` (ending in `#### number`), scored by `gsm8k.score`.
+def question_answer_task(
+    task_name: str, task: Callable[..., Task], scoring: Callable[..., Scoring]
+) -> Callable[..., GenerationTask]:
+    """Make the builder of a task whose rows come from a file or from the hub.
 
     Args:
-        tokenizer: the model's tokenizer.
-        decoding: how responses are generated.
-        source: items: a .jsonl file, or a hub dataset such as openai/gsm8k.
-        num_shots: solved examples in front of each question.
-        seed: seed of all random numbers.
-        max_items: evaluate only the first so many; None for all.
-        progress: show a progress bar, if stderr is a terminal.
-        split: split of a hub dataset.
-        name: configuration of a hub dataset, such as `main`.
-        shots_source: a file with the rows that shots are taken from; None for the same hub dataset.
-        shots_split: split of the hub dataset for shots.
-        shots: `first_k` takes the first rows, `seeded` draws some, the same ones for all items.
-        template: `chat` (the tokenizer's chat format) or `plain` (text, for base checkpoints).
-        system_prompt: in place of the task's own; "" for none; None for the task's own.
+        task_name: what the task is called in scores.json.
+        task: makes the task; the builder takes its keyword-only arguments too.
+        scoring: makes, from the items, how predictions are judged; the same for its keyword-only arguments.
 
-    Raises:
-        ConfigError: there are not enough shots, or nothing says where they are.
-        DataError: a source or a row cannot be used.
-        CheckpointError: the tokenizer has no chat format.
-        ValueError: an argument is out of range.
+    Returns:
+        A builder with the arguments of `build` below.
     """
-    sources = Sources(source, split, name, shots_source, shots_split)
-    examples = sources.read_shots(TASKS["gsm8k"], num_shots, shots, seed)
-    return build_generation_task(
-        "gsm8k",
-        sources.read_items(TASKS["gsm8k"]),
-        PromptFormat(TASKS["gsm8k"], examples, template, system_prompt),
-        Scoring(gsm8k.score, check=gsm8k.gold_number),
-        tokenizer,
-        decoding,
-        seed=seed,
-        max_items=max_items,
-        progress=progress,
-    )
 
+    def build(
+        make_task: Callable[[], Task],
+        make_scoring: Callable[[Sequence[Row]], Scoring],
+        tokenizer: Tokenizer,
+        decoding: Decoding,
+        *,
+        source: str,
+        num_shots: int = 0,
+        seed: int = 0,
+        max_items: int | None = None,
+        progress: bool = True,
+        split: str | None = None,
+        name: str | None = None,
+        shots_source: str | None = None,
+        shots_split: str = "train",
+        shots: ShotOrder = "first_k",
+        template: Template = "chat",
+        system_prompt: str | None = None,
+    ) -> GenerationTask:
+        """Read items and shots, and encode the prompts.
 
-def django_task(
-    tokenizer: Tokenizer,
-    decoding: Decoding,
-    *,
-    source: str,
-    num_shots: int = 0,
-    seed: int = 0,
-    max_items: int | None = None,
-    progress: bool = True,
-    split: str = "test",
-    name: str | None = None,
-    shots_source: str | None = None,
-    shots_split: str = "train",
-    shots: ShotOrder = "first_k",
-    template: Template = "chat",
-    system_prompt: str | None = None,
-) -> GenerationTask:
-    """Lines of Python: rows with `annotation` and `code`, scored by `django.score`.
+        Args:
+            make_task: makes the task.
+            make_scoring: makes its scoring from the items.
+            tokenizer: the model's tokenizer.
+            decoding: how responses are generated.
+            source: items: a .jsonl file, or a hub dataset such as openai/gsm8k.
+            num_shots: solved examples in front of each question.
+            seed: seed of all random numbers.
+            max_items: evaluate only the first so many; None for all.
+            progress: show a progress bar, if stderr is a terminal.
+            split: split of a hub dataset; None for the task's own, `test` or, of Spider, `validation`.
+            name: configuration of a hub dataset, such as `main`.
+            shots_source: a file with the rows that shots are taken from; None for the same hub dataset.
+            shots_split: split of the hub dataset for shots.
+            shots: `first_k` takes the first rows, `seeded` draws some, the same ones for all items.
+            template: `chat` (the tokenizer's chat format) or `plain` (text, for base checkpoints).
+            system_prompt: in place of the task's own; "" for none; None for the task's own.
 
-    Arguments and errors as in `gsm8k_task`.
-    """
-    sources = Sources(source, split, name, shots_source, shots_split)
-    examples = sources.read_shots(TASKS["django"], num_shots, shots, seed)
-    return build_generation_task(
-        "django",
-        sources.read_items(TASKS["django"]),
-        PromptFormat(TASKS["django"], examples, template, system_prompt),
-        Scoring(django.score, check=django.gold_code),
-        tokenizer,
-        decoding,
-        seed=seed,
-        max_items=max_items,
-        progress=progress,
-    )
+        Raises:
+            ConfigError: there are not enough shots, or nothing says where they are.
+            DataError: a source or a row cannot be used.
+            CheckpointError: the tokenizer has no chat format.
+            ValueError: an argument is out of range.
+        """
+        made = make_task()
+        sources = Sources(source, split or made.heldout_split, name, shots_source, shots_split)
+        rows = sources.read_items(made)
+        return build_generation_task(
+            task_name,
+            rows,
+            PromptFormat(made, sources.read_shots(made, num_shots, shots, seed), template, system_prompt),
+            make_scoring(rows),
+            tokenizer,
+            decoding,
+            seed=seed,
+            max_items=max_items,
+            progress=progress,
+        )
 
-
-def nlrx_task(
-    tokenizer: Tokenizer,
-    decoding: Decoding,
-    *,
-    source: str,
-    num_shots: int = 0,
-    seed: int = 0,
-    max_items: int | None = None,
-    progress: bool = True,
-    split: str = "test",
-    name: str | None = None,
-    shots_source: str | None = None,
-    shots_split: str = "train",
-    shots: ShotOrder = "first_k",
-    template: Template = "chat",
-    system_prompt: str | None = None,
-    dialect: Dialect = "word_boundary",
-) -> GenerationTask:
-    r"""Descriptions of lines: rows with `description` and `regex`, scored by `nlrx.score`.
-
-    Arguments and errors as in `gsm8k_task`, and `dialect`: what `\b` in a regex is, see `nlrx.score`.
-    """
-    sources = Sources(source, split, name, shots_source, shots_split)
-    examples = sources.read_shots(TASKS["nlrx"], num_shots, shots, seed)
-    return build_generation_task(
-        "nlrx",
-        sources.read_items(TASKS["nlrx"]),
-        PromptFormat(TASKS["nlrx"], examples, template, system_prompt),
-        _regex_scoring(dialect, {"ceiling": "about 0.94 on NL-RX-Synth: many of its descriptions are ambiguous"}),
-        tokenizer,
-        decoding,
-        seed=seed,
-        max_items=max_items,
-        progress=progress,
-    )
-
-
-def spider_task(
-    tokenizer: Tokenizer,
-    decoding: Decoding,
-    *,
-    source: str,
-    num_shots: int = 0,
-    seed: int = 0,
-    max_items: int | None = None,
-    progress: bool = True,
-    split: str = "validation",
-    name: str | None = None,
-    shots_source: str | None = None,
-    shots_split: str = "train",
-    shots: ShotOrder = "first_k",
-    template: Template = "chat",
-    system_prompt: str | None = None,
-    tables: str | None = None,
-    schema_in_prompt: bool = False,
-    databases: str | None = None,
-    stand_ins: str = "runs/spider_stand_ins",
-) -> GenerationTask:
-    """Questions to databases: rows with `db_id`, `question` and `query`, scored by `spider.score`.
-
-    Arguments and errors as in `gsm8k_task`. The other arguments:
-
-    - `databases`: directory with Spider's own databases, `<db_id>/<db_id>.sqlite`; None makes databases with made-up
-      rows from `tables` instead, on which scores are no official ones.
-    - `stand_ins`: directory in which those are made; those of each source get a folder of their own in it.
-    - `tables`: Spider's tables.json; needed without `databases` and for `schema_in_prompt`.
-    - `schema_in_prompt`: put the schema text of the row's database in front of its question.
-    """
-    if schema_in_prompt and tables is None:
-        raise ConfigError("task.tables: missing; with schema_in_prompt=true it must name Spider's tables.json")
-    task = spider_questions(tables if schema_in_prompt else None)
-    sources = Sources(source, split, name, shots_source, shots_split)
-    rows = sources.read_items(task)
-    return build_generation_task(
-        "spider",
-        rows,
-        PromptFormat(task, sources.read_shots(task, num_shots, shots, seed), template, system_prompt),
-        _spider_scoring(rows, databases, stand_ins, tables),
-        tokenizer,
-        decoding,
-        seed=seed,
-        max_items=max_items,
-        progress=progress,
-    )
+    doc = TASKS[task_name].doc if task_name in TASKS else ""
+    return join_builder(f"{task_name}_task", doc, build, task, scoring)
 
 
 def regex_pairs_task(
     tokenizer: Tokenizer,
     decoding: Decoding,
     *,
-    num_pairs: int,
+    num_pairs: Annotated[int, Ge(1)],
     num_shots: int = 0,
     seed: int = 0,
     max_items: int | None = None,
@@ -244,7 +148,7 @@ def regex_pairs_task(
         "regex_pairs",
         pairs(num_pairs, split),
         PromptFormat(TASKS["nlrx"], Shots(examples, num_shots, "the training pairs"), template, system_prompt),
-        _regex_scoring("word_boundary", {}),
+        _regex_scoring("word_boundary"),
         tokenizer,
         decoding,
         seed=seed,
@@ -253,7 +157,17 @@ def regex_pairs_task(
     )
 
 
-def _regex_scoring(dialect: Dialect, known: Mapping[str, Any]) -> Scoring:
+def _nlrx_scoring(rows: Sequence[Row], *, dialect: Dialect = "word_boundary") -> Scoring:
+    r"""Score regexes by `nlrx.score`.
+
+    Args:
+        rows: the items.
+        dialect: what `\b` in a regex is; see `nlrx.score`.
+    """
+    return _regex_scoring(dialect, ceiling="about 0.94 on NL-RX-Synth: many of its descriptions are ambiguous")
+
+
+def _regex_scoring(dialect: Dialect, **known: str) -> Scoring:
     """Scores of regexes, with `known` among the remarks."""
 
     def remarks(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -266,42 +180,69 @@ def _regex_scoring(dialect: Dialect, known: Mapping[str, Any]) -> Scoring:
     return Scoring(
         partial(nlrx.score, dialect=dialect),
         check=partial(nlrx.gold_regex, dialect=dialect),
-        facts={"dialect": dialect},
+        fingerprint={"dialect": dialect},
         remarks=remarks,
     )
 
 
-def _spider_scoring(rows: Sequence[Row], databases: str | None, stand_ins: str, tables: str | None) -> Scoring:
-    """Scores of queries, on Spider's own databases or on stand-ins."""
-    golds = defaultdict(list)
-    for row in rows:
-        golds[row.values["db_id"]].append(row.values["query"])
-    if databases is not None:
-        directory = Path(databases)
-    elif tables is not None:
-        directory = spider.make_stand_ins(Path(tables), Path(stand_ins), golds=golds)
-    else:
-        raise ConfigError(
-            "task.databases, task.tables: neither given; databases must name the directory of Spider's own databases, "
-            "or tables its tables.json, from which stand-ins are made"
-        )
-    found = spider.Databases(directory, golds)
-    facts = {
-        "are_stand_ins": found.are_stand_ins,
-        "sha256": sha256_of([file.name, _digest(file)] for db_id in sorted(golds) for file in found.files(db_id)),
-    }
-    note = "made-up rows; scores on Spider's own databases differ" if found.are_stand_ins else "as given"
+def _spider_questions(*, tables: str | None = None, schema_in_prompt: bool = False) -> Task:
+    """Ask as in training.
+
+    Args:
+        tables: Spider's tables.json; needed for `schema_in_prompt`.
+        schema_in_prompt: put the schema text of the row's database in front of its question.
+
+    Raises:
+        ConfigError: there are no tables for it.
+    """
+    if schema_in_prompt and tables is None:
+        raise ConfigError("task.tables: missing; with schema_in_prompt=true it must name Spider's tables.json")
+    return spider_questions(tables=tables if schema_in_prompt else None)
+
+
+def _spider_scoring(rows: Sequence[Row], *, databases: str | None = None, from_code_fence: bool = False) -> Scoring:
+    """Score queries by `spider.score`.
+
+    Args:
+        rows: the items.
+        databases: directory with Spider's databases, `<db_id>/<db_id>.sqlite`; needed.
+        from_code_fence: of a response with a code fence (three backticks) take what stands in the first one.
+
+    Raises:
+        ConfigError: no databases are given.
+        DataError: some are missing.
+    """
+    if databases is None:
+        raise ConfigError(f"task.databases: null given, must be the directory of Spider's databases. {spider.DOWNLOAD}")
+    db_ids = sorted({row.values["db_id"] for row in rows})
+    found = spider.Databases(Path(databases), db_ids)
+    files = [file for db_id in db_ids for file in found.files(db_id)]
+    fingerprint: dict[str, Any] = {"databases": {"sha256": sha256_of([file.name, _digest(file)] for file in files)}}
+
+    def score(prediction: str, row: Mapping[str, Any]) -> Score:
+        return spider.score(spider.from_code_fence(prediction) if from_code_fence else prediction, row, found)
+
     left_out = (
         "items whose gold query cannot run; one that nearly takes the time allowed may run on one machine and not on "
         "another, so n may differ between machines"
     )
     return Scoring(
-        partial(spider.score, databases=found),
-        facts={"databases": facts},
-        remarks=lambda rows: {"databases": note, "left_out": left_out},
+        score,
+        fingerprint=fingerprint | ({"from_code_fence": True} if from_code_fence else {}),
+        remarks=lambda rows: {"left_out": left_out},
     )
 
 
 def _digest(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+gsm8k_task = question_answer_task(
+    "gsm8k", lambda: TASKS["gsm8k"], lambda rows: Scoring(gsm8k.score, check=gsm8k.gold_number)
+)
+django_task = question_answer_task(
+    "django", lambda: TASKS["django"], lambda rows: Scoring(django.score, check=django.gold_code)
+)
+nlrx_task = question_answer_task("nlrx", lambda: TASKS["nlrx"], _nlrx_scoring)
+spider_task = question_answer_task("spider", _spider_questions, _spider_scoring)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dllm_jepa.errors import DataError
-from dllm_jepa.evals._score import Score
+from dllm_jepa.evals._task import Score
 
 
 def gold_code(row: Mapping[str, Any]) -> str:

@@ -7,14 +7,18 @@ from decimal import Decimal
 from typing import Any
 
 from dllm_jepa.errors import DataError
-from dllm_jepa.evals._score import Score
+from dllm_jepa.evals._task import Score
 
-# A trailing dot is no part of a number, nor is a comma that no group of three digits follows. All repeats are
-# possessive: what they took they never give back, so that the time is linear in the text.
-_NUMBER = r"(?P<number>[0-9]++(?:,[0-9]{3}(?![0-9]))*+(?:\.[0-9]++)?+|\.[0-9]++)"
-_STRICT = re.compile(rf"####[ \t$]*+(?P<sign>[+-]?)[ \t$]*+{_NUMBER}")
+# A trailing dot is no part of a number, nor is a comma that no group of three digits follows. LaTeX writes the comma as
+# {,} or \, or ,\! so that it is spaced as in a number. All repeats are possessive: what they took they never give
+# back, so that the time is linear in the text.
+_THOUSANDS = r"(?:\{,\}|\\,|,\\!|,)"
+_NUMBER = rf"(?P<number>[0-9]++(?:{_THOUSANDS}[0-9]{{3}}(?![0-9]))*+(?:\.[0-9]++)?+|\.[0-9]++)"
+_DOLLAR = r"\\?\$"
+_SIGN = "[+\N{MINUS SIGN}-]"
+_STRICT = re.compile(rf"####(?:[ \t]|{_DOLLAR})*+(?P<sign>{_SIGN}?)(?:[ \t]|{_DOLLAR})*+{_NUMBER}")
 # Behind a digit, a letter or a bracket a sign means addition or subtraction.
-_FLEXIBLE = re.compile(rf"(?:(?<![\w)\]])(?P<sign>[+-])\$?+|\$(?P<inner_sign>[+-]))?+{_NUMBER}")
+_FLEXIBLE = re.compile(rf"(?:(?<![\w)\]])(?P<sign>{_SIGN})(?:{_DOLLAR})?+|{_DOLLAR}(?P<inner_sign>{_SIGN}))?+{_NUMBER}")
 
 
 def gold_number(row: Mapping[str, Any]) -> Decimal:
@@ -64,4 +68,4 @@ def _last_number(text: str) -> Decimal | None:
 
 def _value(sign: str, digits: str) -> Decimal:
     # Exact at any length, and unlike int not limited to some thousand digits.
-    return Decimal(sign + digits.replace(",", ""))
+    return Decimal(sign.replace("\N{MINUS SIGN}", "-") + re.sub(r"[^0-9.]", "", digits))

@@ -14,9 +14,8 @@ from typing import Any
 
 from dllm_jepa.data import read_rows
 from dllm_jepa.errors import ConfigError, DataError
-from dllm_jepa.evals._facts import sha256_of
 from dllm_jepa.evals._masked_rows import MaskedRow, candidate_log_probs, draw_masked
-from dllm_jepa.evals._score import ItemResult, Score
+from dllm_jepa.evals._task import ItemResult, Score, sha256_of
 from dllm_jepa.models import MaskedDiffusionLM, Tokenizer
 
 NUM_BANDS = 5
@@ -62,8 +61,8 @@ class HeldoutTask:
                 f"task.chunk_tokens: {len(self.chunks[0])} given, but the model's context is {max_seq_len}: lower it"
             )
 
-    def facts(self) -> dict[str, Any]:
-        """What tells this evaluation from another one; see `EvalTask`."""
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies this evaluation; see `EvalTask`."""
         return {
             "task": "heldout",
             "num_items": len(self.chunks),

@@ -17,11 +17,10 @@ from tqdm import tqdm
 
 from dllm_jepa.data import Row, Template, check_text, format_prompt, read_rows
 from dllm_jepa.errors import CheckpointError, ConfigError, DataError
-from dllm_jepa.evals._facts import sha256_of
 from dllm_jepa.evals._masked_rows import MaskedRow, candidate_log_probs
-from dllm_jepa.evals._score import ItemResult, Score
 from dllm_jepa.evals._shots import Shots
 from dllm_jepa.evals._sources import Sources
+from dllm_jepa.evals._task import ItemResult, Score, sha256_of
 from dllm_jepa.models import MaskedDiffusionLM, Tokenizer
 
 LETTERS = string.ascii_uppercase
@@ -41,14 +40,14 @@ class MMLUTask:
         prompts: token ids in front of each answer.
         letter_ids: ids of the answers A, B, ...; as many as the question with the most choices has.
         tokenizer: the model's tokenizer.
-        prompt_facts: what the prompts were made from (JSON values).
+        prompt_fingerprint: what the prompts were made from (JSON values).
     """
 
     questions: Sequence["Question"] = field(repr=False)
     prompts: Sequence[Sequence[int]] = field(repr=False)
     letter_ids: Sequence[int]
     tokenizer: Tokenizer
-    prompt_facts: Mapping[str, Any]
+    prompt_fingerprint: Mapping[str, Any]
 
     @property
     def lengths(self) -> list[int]:
@@ -65,15 +64,15 @@ class MMLUTask:
         if num_tokens > max_seq_len:
             raise ConfigError(
                 f"{self.questions[item].name} needs {num_tokens} tokens with num_shots="
-                f"{self.prompt_facts['num_shots']}, but the model's context is {max_seq_len}: lower num_shots"
+                f"{self.prompt_fingerprint['num_shots']}, but the model's context is {max_seq_len}: lower num_shots"
             )
 
-    def facts(self) -> dict[str, Any]:
-        """What tells this evaluation from another one; see `EvalTask`."""
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies this evaluation; see `EvalTask`."""
         rows = ([q.question, list(q.choices), q.answer, q.subject] for q in self.questions)
         return {
             "task": "mmlu",
-            **self.prompt_facts,
+            **self.prompt_fingerprint,
             "num_items": len(self.questions),
             "data_sha256": sha256_of(rows),
             "prompts_sha256": sha256_of([*prompt] for prompt in self.prompts),
@@ -193,8 +192,8 @@ def mmlu_task(
     # None switches the bar off where there is no terminal to draw it on.
     rows = tqdm(questions, desc="prompts of mmlu", unit=" rows", disable=None if progress else True)
     prompts = [_prompt(tokenizer, question, shots, template) for question in rows]
-    prompt_facts = {"template": template, "num_shots": num_shots}
-    return MMLUTask(questions, prompts, letter_ids, tokenizer, prompt_facts)
+    prompt_fingerprint = {"template": template, "num_shots": num_shots}
+    return MMLUTask(questions, prompts, letter_ids, tokenizer, prompt_fingerprint)
 
 
 def _prompt(tokenizer: Tokenizer, question: Question, shots: Mapping[str, Shots], template: Template) -> list[int]:

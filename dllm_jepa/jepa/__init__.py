@@ -5,7 +5,7 @@ from dllm_jepa.jepa._anchor import L2Anchor
 from dllm_jepa.jepa._losses import (
     GlobalCounts,
     LossWeight,
-    StepSums,
+    band_sums,
     jepa_loss,
     masked_token_weights,
 )
@@ -25,10 +25,10 @@ __all__ = [
     "L2Anchor",
     "LossWeight",
     "Predictor",
-    "StepSums",
     "View",
     "ViewSampler",
     "Views",
+    "band_sums",
     "cosine_diversity",
     "effective_rank",
     "ema_adapter_target_encoder",

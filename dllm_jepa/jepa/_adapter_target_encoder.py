@@ -3,15 +3,17 @@
 Shape legend: B rows, T tokens of a row, D hidden, S sequences.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dllm_jepa.jepa._pooling import pool
+from dllm_jepa.jepa._target_encoder import CopyBackbone
 
 
 class EMAAdapterTargetEncoder:
@@ -89,6 +91,10 @@ class EMAAdapterTargetEncoder:
         """The averages, live: to be saved, or loaded in place."""
         return self._averages
 
+    def weights(self, online: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The adapters of the online model by name, as averages."""
+        return {**online, **self.tensors()}
+
     @contextmanager
     def _averages_in_place(self) -> Iterator[None]:
         was_training = self._model.training
@@ -107,11 +113,14 @@ class EMAAdapterTargetEncoder:
         torch._foreach_copy_(averages, stash)
 
 
-def ema_adapter_target_encoder(model: nn.Module, *, ema_decay: float = 0.996) -> EMAAdapterTargetEncoder:
+def ema_adapter_target_encoder(
+    model: nn.Module, copy_backbone: CopyBackbone | None = None, *, ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.996
+) -> EMAAdapterTargetEncoder:
     """The paper's target encoder for LoRA: the average runs over the adapters alone.
 
     Args:
         model: see `EMAAdapterTargetEncoder`.
+        copy_backbone: not needed: the base is shared.
         ema_decay: tau in [0, 1).
 
     Raises:
@@ -119,6 +128,7 @@ def ema_adapter_target_encoder(model: nn.Module, *, ema_decay: float = 0.996) ->
 
     Source: DLLM-JEPA, arXiv 2606.00091.
     """
+    del copy_backbone
     return EMAAdapterTargetEncoder(model, ema_decay=ema_decay)
 
 

@@ -103,64 +103,32 @@ def jepa_loss(target: Tensor, pred: Tensor, counts: GlobalCounts) -> Tensor:
     return (1 - cosine).sum() / counts.sequences
 
 
-class StepSums:
-    """The reported losses of a step, added up over the micro-batches of a rank.
+def band_sums(
+    token_loss: Tensor,
+    *,
+    sequence_of_masked: Tensor,
+    mask_ratio: Tensor,
+    num_masked: Tensor,
+    num_maskable: Tensor,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What a micro-batch adds to the mean loss of each mask-ratio band.
 
     Args:
-        device: device of the losses.
+        token_loss: fp32 [n], -log p(x0_i | context view) of each masked token.
+        sequence_of_masked: int64 [n].
+        mask_ratio: fp32 [S].
+        num_masked: int64 [S].
+        num_maskable: int64 [S], not used here.
+
+    Returns:
+        For each band, as `diffusion_loss_{low}_{high}`, two fp32 scalars: the sum over its sequences of their mean
+        masked-token loss, and their number.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        # diffusion loss, jepa loss, then for each band the sum of its sequence losses and its number of sequences
-        self.values = torch.zeros(2 + 2 * NUM_BANDS, device=device)
-
-    def add(
-        self,
-        diffusion_loss: Tensor,
-        alignment_loss: Tensor,
-        token_loss: Tensor,
-        *,
-        sequence_of_masked: Tensor,
-        mask_ratio: Tensor,
-        num_masked: Tensor,
-        num_maskable: Tensor,
-    ) -> None:
-        """Add a micro-batch.
-
-        Args:
-            diffusion_loss: scalar, its part of L_diff.
-            alignment_loss: scalar, its part of L_jepa.
-            token_loss: fp32 [n], -log p(x0_i | context view) of each masked token.
-            sequence_of_masked: int64 [n].
-            mask_ratio: fp32 [S].
-            num_masked: int64 [S].
-            num_maskable: int64 [S], not used here.
-        """
-        sequence_loss = torch.zeros_like(mask_ratio).index_add(0, sequence_of_masked, token_loss.detach())
-        sequence_loss = sequence_loss / num_masked.clamp(min=1)
-        # The small step back keeps a ratio of exactly 0.2 in the first band despite its rounding.
-        band = (torch.ceil(mask_ratio * NUM_BANDS - 1e-5).long() - 1).clamp(0, NUM_BANDS - 1)  # [S]
-        bands = self.values.new_zeros(2, NUM_BANDS)
-        bands.index_add_(1, band, torch.stack((sequence_loss, torch.ones_like(sequence_loss))))
-        self.values += torch.cat((torch.stack((diffusion_loss.detach(), alignment_loss.detach())), bands.flatten()))
-
-    def losses(self, *, jepa_weight: float, penalty: Tensor | float = 0.0) -> dict[str, Tensor]:
-        """The losses of the global batch, once `values` is summed over all ranks; nothing waits for the device.
-
-        Args:
-            jepa_weight: lambda.
-            penalty: value of the L2 anchor.
-
-        Returns:
-            fp32 scalars: `loss`, `diffusion_loss`, `jepa_loss`, and `diffusion_loss_{low}_{high}` (mean over the
-            sequences of their mean masked-token loss) for each mask-ratio band; NaN for a band without sequences.
-        """
-        diffusion, alignment, *bands = self.values.unbind()
-        losses = {
-            "loss": diffusion + jepa_weight * alignment + penalty,
-            "diffusion_loss": diffusion,
-            "jepa_loss": alignment,
-        }
-        for band, (total, count) in enumerate(zip(bands[:NUM_BANDS], bands[NUM_BANDS:], strict=True)):
-            losses[f"diffusion_loss_{band / NUM_BANDS:.1f}_{(band + 1) / NUM_BANDS:.1f}"] = total / count
-        return losses
+    sequence_loss = torch.zeros_like(mask_ratio).index_add(0, sequence_of_masked, token_loss.detach().to(mask_ratio))
+    sequence_loss = sequence_loss / num_masked.clamp(min=1)
+    # The small step back keeps a ratio of exactly 0.2 in the first band despite its rounding.
+    band = (torch.ceil(mask_ratio * NUM_BANDS - 1e-5).long() - 1).clamp(0, NUM_BANDS - 1)  # [S]
+    bands = mask_ratio.new_zeros(NUM_BANDS, 2)
+    bands.index_add_(0, band, torch.stack((sequence_loss, torch.ones_like(sequence_loss)), dim=1))
+    names = (f"diffusion_loss_{band / NUM_BANDS:.1f}_{(band + 1) / NUM_BANDS:.1f}" for band in range(NUM_BANDS))
+    return {name: (total, count) for name, (total, count) in zip(names, bands, strict=True)}

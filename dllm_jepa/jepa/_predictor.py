@@ -3,8 +3,50 @@
 Shape legend: S sequences, D hidden.
 """
 
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Le
 from torch import Tensor, nn
-from torchtune.modules import FeedForward, RMSNorm
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm, computed in fp32 with its weight, then cast back.
+
+    Args:
+        dim: size of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize over the last dimension; shape and type of `x` are kept."""
+        return F.rms_norm(x.float(), self.scale.shape, self.scale, self.eps).to(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x).
+
+    Args:
+        dim: size of input and output.
+        hidden_dim: width between.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to [..., dim]."""
+        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return out
 
 
 class PredictorLayer(nn.Module):
@@ -24,11 +66,7 @@ class PredictorLayer(nn.Module):
         self.v_proj = nn.Linear(embed_dim, embed_dim, bias=False)
         self.output_proj = nn.Linear(embed_dim, embed_dim, bias=False)
         self.mlp_norm = RMSNorm(embed_dim)
-        self.mlp = FeedForward(
-            gate_proj=nn.Linear(embed_dim, mlp_dim, bias=False),
-            down_proj=nn.Linear(mlp_dim, embed_dim, bias=False),
-            up_proj=nn.Linear(embed_dim, mlp_dim, bias=False),
-        )
+        self.mlp = FeedForward(embed_dim, mlp_dim)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Apply the layer to [S, D]."""
@@ -62,7 +100,7 @@ class Predictor(nn.Module):
         return pooled
 
 
-def transformer_predictor(embed_dim: int, mlp_dim: int, *, num_layers: int = 1) -> Predictor:
+def transformer_predictor(embed_dim: int, mlp_dim: int, *, num_layers: Annotated[int, Ge(1), Le(5)] = 1) -> Predictor:
     """Decoder layers of the backbone's width and a final norm.
 
     Args:

@@ -3,16 +3,23 @@
 Shape legend: B rows, T tokens of a row, D hidden, S sequences.
 """
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
-from torchao.float8.float8_linear import Float8Linear
 
 from dllm_jepa.jepa._pooling import pool
 from dllm_jepa.jepa._stochastic_rounding import stochastic_lerp_
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+class CopyBackbone(Protocol):
+    """Makes a backbone like the online one: the same parameters and sharding, not filled."""
+
+    def __call__(self, dtype: str, *, float8: bool = False) -> nn.Module:
+        """One whose parameters are of `dtype` ("fp32" or "bf16"), computing its linear layers in float8 if asked to."""
+        ...
 
 
 class EMATargetEncoder:
@@ -97,30 +104,34 @@ class EMATargetEncoder:
         """The average, live: to be saved, or loaded in place."""
         return self.backbone.state_dict()
 
+    def weights(self, online: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of the online model by name, with the average in place of its backbone; it has no head."""
+        return {**online, **{f"backbone.{name}": tensor for name, tensor in self.tensors().items()}}
+
 
 def ema_target_encoder(
-    backbone: nn.Module, *, ema_decay: float = 0.996, dtype: Literal["fp32", "bf16"] = "fp32", float8: bool = False
+    model: nn.Module,
+    copy_backbone: CopyBackbone,
+    *,
+    ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.996,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    float8: bool = False,
 ) -> EMATargetEncoder:
-    """The paper's target encoder.
+    """The paper's target encoder: an average of the whole backbone.
 
     Args:
-        backbone: see `EMATargetEncoder`; its parameters are of `dtype`.
+        model: the online model, filled; its `backbone` is averaged.
+        copy_backbone: makes another such backbone, see `CopyBackbone`.
         ema_decay: tau in [0, 1).
         dtype: type of the average. bf16 takes half the memory and is rounded stochastically.
-        float8: linear layers of the backbone compute in float8 (`models.use_float8`); the average stays in `dtype`.
+        float8: linear layers of the average compute in float8; the average itself stays in `dtype`.
 
     Raises:
-        ValueError: if a parameter is not of `dtype`, or the backbone does not compute as `float8` says, and see
-            `EMATargetEncoder`.
+        ValueError: see `EMATargetEncoder`.
 
     Source: DLLM-JEPA, arXiv 2606.00091.
     """
-    if wrong := {str(param.dtype) for param in backbone.parameters() if param.dtype != _DTYPES[dtype]}:
-        raise ValueError(f"a target encoder with dtype {dtype} got parameters of {', '.join(sorted(wrong))}")
-    if float8 != any(isinstance(module, Float8Linear) for module in backbone.modules()):
-        computes = "does not compute" if float8 else "computes"
-        raise ValueError(
-            f"a target encoder with float8 {float8} got a backbone that {computes} in float8: models.use_float8 "
-            "converts it, before it is compiled and sharded"
-        )
-    return EMATargetEncoder(backbone, ema_decay=ema_decay)
+    backbone = copy_backbone(dtype, float8=True) if float8 else copy_backbone(dtype)
+    encoder = EMATargetEncoder(backbone, ema_decay=ema_decay)
+    encoder.copy_from(model.get_submodule("backbone"))
+    return encoder

@@ -17,11 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torchtune.config import instantiate
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
 
@@ -80,7 +78,7 @@ def _run_like_cuda(backbone: Backbone, compute_dtype: torch.dtype) -> None:
         module.forward = wrapped(module.forward)
 
 
-def micro_batch_peak(cfg: DictConfig, num_gpus: int, *, with_logits: bool) -> int:
+def micro_batch_peak(cfg: Any, num_gpus: int, *, with_logits: bool) -> int:
     """Peak of what target branch, forward and backward of one micro-batch allocate.
 
     It is one of `tokens_per_device` tokens, of sequences as long as they may be, all of whose tokens may be masked.
@@ -102,12 +100,12 @@ def micro_batch_peak(cfg: DictConfig, num_gpus: int, *, with_logits: bool) -> in
     if cfg.device == "cpu" or compute_dtype == torch.float32:
         _ = packing.bucket_positions  # it and the buckets are computed here, where tensors have data
     sharded = num_gpus > 1
-    in_backward = cfg.get("optimizer_in_bwd", False)
+    in_backward = cfg.optimizer_in_bwd
     update_bytes = optimizer_step_bytes(cfg, [_SAMPLE]) / _SAMPLE if in_backward else None
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Mismatch dtype", category=UserWarning)  # of the predictor's norms
         if not adapters:
-            average = DTYPES[cfg.target_encoder.get("dtype", "fp32")] if cfg.jepa_weight > 0 else dtype
+            average = DTYPES[cfg.target_encoder.argument("dtype") or "fp32"] if cfg.jepa_weight > 0 else dtype
             _put_fakes(target, compute_dtype if sharded else average, compute_dtype)
             target.requires_grad_(False)
         for module in (model, *([] if predictor is None else [predictor])):
@@ -146,7 +144,7 @@ class _Batch:
 
 
 def _run(
-    cfg: DictConfig,
+    cfg: Any,
     batch: _Batch,
     model: MaskedDiffusionLM,
     predictor: nn.Module | None,
@@ -224,9 +222,9 @@ def _update(update_bytes: float, param: Tensor) -> None:
     param.grad = None
 
 
-def _context_ratio(cfg: DictConfig) -> float:
+def _context_ratio(cfg: Any) -> float:
     """The highest mask ratio of the context view in many draws."""
-    sampler: ViewSampler = instantiate(cfg.view_sampler)
+    sampler: ViewSampler = cfg.view_sampler.build()
     tokens, maskable = np.zeros(4, dtype=np.int64), np.ones(4, dtype=np.bool_)
     draws = (sampler(tokens, maskable, mask_id=1, seed=0, epoch=0, index=index) for index in range(_DRAWS))
     return max(views.context.mask_ratio for views in draws)

@@ -1,10 +1,10 @@
 """The memory of an optimizer, measured on small stand-ins for the parameters."""
 
+from typing import Any
+
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torchtune.config import instantiate
 
 from dllm_jepa.memory._live_storages import LiveStorages, stored_bytes
 from dllm_jepa.memory._parts import DTYPES
@@ -13,14 +13,14 @@ from dllm_jepa.memory._parts import DTYPES
 _STAND_IN = 65_536
 
 
-def optimizer_state_bytes(cfg: DictConfig, sizes: list[int]) -> int:
+def optimizer_state_bytes(cfg: Any, sizes: list[int]) -> int:
     """Bytes of the optimizer's state for parameters of these many elements: that of a stand-in for each size."""
     counts = [size if size <= _STAND_IN else _STAND_IN + size % _STAND_IN for size in sizes]
     measured = {count: _step_stand_ins(cfg, [count])[0] for count in set(counts)}
     return sum(measured[count] * size // count for count, size in zip(counts, sizes, strict=True))
 
 
-def optimizer_step_bytes(cfg: DictConfig, sizes: list[int]) -> int:
+def optimizer_step_bytes(cfg: Any, sizes: list[int]) -> int:
     """Bytes of the temporaries of the optimizer's step.
 
     They are those of one parameter at a time, or of all together: what a third stand-in adds tells. Not a second one: a
@@ -31,10 +31,10 @@ def optimizer_step_bytes(cfg: DictConfig, sizes: list[int]) -> int:
     return (together * sum(sizes) + (two - 2 * together) * max(sizes)) // _STAND_IN
 
 
-def _step_stand_ins(cfg: DictConfig, counts: list[int]) -> tuple[int, int]:
+def _step_stand_ins(cfg: Any, counts: list[int]) -> tuple[int, int]:
     """Bytes of the optimizer's state for stand-ins, and of the temporaries of its second step."""
     params = [nn.Parameter(torch.zeros(count, dtype=DTYPES[cfg.dtype])) for count in counts]
-    optimizer: torch.optim.Optimizer = instantiate(cfg.optimizer, params)
+    optimizer: torch.optim.Optimizer = cfg.optimizer.build(params)
     for group in optimizer.param_groups:
         if cfg.device == "cuda" and group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True  # what torch takes on a GPU when nothing is said

@@ -10,9 +10,9 @@ fragmentation, and rotary tables, inputs and the monitor's buffer (megabytes).
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 
@@ -86,7 +86,7 @@ class MemoryTable:
         return [(name, size) for name, size in rows if size or name in _ALWAYS] + [("total", self.total)]
 
 
-def step_memory(cfg: DictConfig, num_gpus: int = 1) -> MemoryTable:
+def step_memory(cfg: Any, num_gpus: int = 1) -> MemoryTable:
     """Compute the peak memory of a training step on every GPU.
 
     Args:
@@ -99,7 +99,7 @@ def step_memory(cfg: DictConfig, num_gpus: int = 1) -> MemoryTable:
     trained = _shard_sizes((param for param in model.parameters() if param.requires_grad), num_shards)
     frozen = [param for param in model.parameters() if not param.requires_grad]
     aligned = [] if predictor is None else _shard_sizes(predictor.parameters(), num_shards)
-    in_backward = cfg.get("optimizer_in_bwd", False)
+    in_backward = cfg.optimizer_in_bwd
     gradients = (max([*trained, *aligned]) if in_backward else sum(trained)) * dtype.itemsize
     kept_gradients = 0 if in_backward else sum(aligned) * dtype.itemsize
     quantized = [param for param in frozen if isinstance(param, NF4Tensor)]
@@ -115,7 +115,7 @@ def step_memory(cfg: DictConfig, num_gpus: int = 1) -> MemoryTable:
         gradients=gradients,
         optimizer_state=optimizer_state_bytes(cfg, trained),
         predictor=sum(aligned) * dtype.itemsize + kept_gradients + optimizer_state_bytes(cfg, aligned),
-        anchor=sum(trained) * dtype.itemsize if cfg.get("l2_anchor_weight", 0) > 0 else 0,
+        anchor=sum(trained) * dtype.itemsize if cfg.l2_anchor_weight > 0 else 0,
         gathered=_gathered_bytes(cfg, model, predictor) if num_gpus > 1 else 0,
         activations=max(backbone - seen_gradient, 0) + _dequantized_bytes(quantized),
         logits=whole - backbone,
@@ -128,17 +128,17 @@ def _shard_sizes(params: Iterable[Tensor], num_shards: int) -> list[int]:
     return [-(-param.size(0) // num_shards) * math.prod(param.shape[1:]) for param in params]
 
 
-def _target_encoder_bytes(cfg: DictConfig, model: MaskedDiffusionLM, num_shards: int) -> int:
+def _target_encoder_bytes(cfg: Any, model: MaskedDiffusionLM, num_shards: int) -> int:
     if cfg.jepa_weight == 0:
         return 0
     if all(param.requires_grad for param in model.parameters()):
-        dtype = DTYPES[cfg.target_encoder.get("dtype", "fp32")]
+        dtype = DTYPES[cfg.target_encoder.argument("dtype") or "fp32"]
         return sum(_shard_sizes(model.backbone.parameters(), num_shards)) * dtype.itemsize
     adapters = (param for param in model.backbone.parameters() if param.requires_grad)
     return sum(_shard_sizes(adapters, num_shards)) * torch.float32.itemsize
 
 
-def _gathered_bytes(cfg: DictConfig, model: MaskedDiffusionLM, predictor: nn.Module | None) -> int:
+def _gathered_bytes(cfg: Any, model: MaskedDiffusionLM, predictor: nn.Module | None) -> int:
     """What FSDP holds besides the shards, in the compute type; an upper bound.
 
     The root's own weights (embedding and norm) through the whole micro-batch; of the layers the one at work and the

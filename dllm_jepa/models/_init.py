@@ -53,6 +53,10 @@ class InitialWeights:
             weights = torch.empty(shape).normal_(0.0, std, generator=generator)
         return weights if rows is None else weights[rows]
 
+    def fingerprint(self) -> str:
+        """What these weights are."""
+        return f"random, seed {self._seed}"
+
     def _generator(self, name: str) -> torch.Generator:
         digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -4,7 +4,7 @@ Shape legend: B rows, T tokens of a row, D hidden, V vocabulary, n positions to 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -224,6 +224,11 @@ class MaskedDiffusionLM(nn.Module):
             raise ConfigError(
                 f"max_seq_len={max_seq_len} is over the model's context of {self.sizes.max_seq_len} tokens: lower it"
             )
+
+    def architecture(self) -> dict[str, Any]:
+        """What it is built from, as a training state notes it: `family`, `sizes` and, with adapters, `lora`."""
+        lora = {} if self.lora is None else {"lora": asdict(self.lora)}
+        return {"family": self.family, "sizes": asdict(self.sizes), **lora}
 
     @property
     def units(self) -> list[nn.Module]:

@@ -17,15 +17,20 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dllm_jepa.errors import LostRankError, UserError
-from dllm_jepa.training._rendezvous import fresh_store
 
 Result = TypeVar("Result")
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ROLL_CALL_SECONDS = 2.0
+
+_STORE_PORT_KEY = "dllm_jepa/store_port"
+_STORE_ONE_TRY = timedelta(seconds=2)
+_STORE_ALL_TRIES_SECONDS = 300.0
+_STORE_TIMEOUT = timedelta(minutes=30)  # as torch's own
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Ranks:
             own_device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(own_device)
         rank = int(os.environ["RANK"])
-        backend, store = "nccl" if device == "cuda" else "gloo", fresh_store(rank, world_size)
+        backend, store = "nccl" if device == "cuda" else "gloo", _fresh_store(rank, world_size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         if replicate == 1:
             mesh = init_device_mesh(device, (world_size,), mesh_dim_names=("shard",))
@@ -121,7 +126,12 @@ class Ranks:
         return int(value)
 
     def gather_rows(self, rows: Tensor, positions: Tensor, num_rows: int) -> Tensor:
-        """Bring rows that are spread over ranks into one order.
+        """Bring rows that are spread over ranks into one order; gradients flow to the rows of this rank alone.
+
+        A loss that every rank computes from all rows alike has, on each rank, its exact gradient with respect to the
+        rows of that rank; gradients are summed over ranks, so that every weight behind the rows gets the gradient of
+        the whole loss, without communication in the backward pass. Weights that are used behind the gathering would
+        get it once for every rank. Such a loss is summed over ranks as `count_once` gives it.
 
         Args:
             rows: [n, D], rows of this rank.
@@ -132,8 +142,15 @@ class Ranks:
             [num_rows, D], the same on every rank; zero where no rank had a row.
         """
         gathered = rows.new_zeros(num_rows, rows.size(1))
-        gathered[positions] = rows
-        return self.sum(gathered)
+        gathered[positions] = rows.detach()
+        return self.sum(gathered).index_copy(0, positions, rows)
+
+    def count_once(self, value: Tensor) -> Tensor:
+        """A value that all ranks have computed alike as a part of a sum over ranks: the value itself, or zero.
+
+        Its gradient stays what it is on every rank, see `gather_rows`.
+        """
+        return value if self.is_rank_zero else value - value.detach()
 
     def gather_objects(self, own: Result) -> list[Result]:
         """What every rank gives, in their order, on every rank."""
@@ -216,6 +233,41 @@ class Ranks:
                 if time.monotonic() < start + seconds:  # not for lack of an answer
                     ended.append(peer)
         return sorted(ended)
+
+
+def _fresh_store(rank: int, world_size: int) -> TCPStore | None:
+    """A store that only the ranks of this start write to; None if torch makes one of its own accord.
+
+    torchrun lends its own store, which lives as long as the launcher. After `--max-restarts` has started the ranks
+    again it still holds the addresses of the dead ones, and a rank that reads one before it is overwritten connects to
+    nobody. So rank zero opens a store, and the shared one says no more than its port: an old port is one that refuses.
+
+    Args:
+        rank: this rank.
+        world_size: number of ranks.
+
+    Raises:
+        DistError: if rank zero's store cannot be reached for five minutes.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address = os.environ["MASTER_ADDR"]
+    shared = TCPStore(address, int(os.environ["MASTER_PORT"]), is_master=False, timeout=_STORE_TIMEOUT)
+    if rank == 0:
+        own = TCPStore(address, 0, world_size, is_master=True, timeout=_STORE_TIMEOUT, wait_for_workers=False)
+        shared.set(_STORE_PORT_KEY, str(own.port))
+        return own
+    deadline = time.monotonic() + _STORE_ALL_TRIES_SECONDS
+    while True:
+        port = int(shared.get(_STORE_PORT_KEY))
+        try:
+            store = TCPStore(address, port, world_size, is_master=False, timeout=_STORE_ONE_TRY, wait_for_workers=False)
+        except DistError:
+            if time.monotonic() > deadline:
+                raise
+        else:
+            store.set_timeout(_STORE_TIMEOUT)
+            return store
 
 
 def _die_with_launcher() -> None:

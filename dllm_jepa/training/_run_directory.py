@@ -21,10 +21,9 @@ from typing import Any
 from dllm_jepa.errors import CheckpointError, ConfigError, LaunchError
 from dllm_jepa.files import write_atomically
 from dllm_jepa.training._lock import RunLock
-from dllm_jepa.training._metrics_file import MetricsFile
 from dllm_jepa.training._ranks import Ranks
+from dllm_jepa.training._run_files import MetricsFile, StatusFile, is_restart
 from dllm_jepa.training._signals import Stopped
-from dllm_jepa.training._status import StatusFile, is_restart
 from dllm_jepa.training.checkpoint import (
     MANIFEST_NAME,
     SavedCheckpoint,

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from dllm_jepa.config._float8_rules import float8_capability, float8_on_gpu_in_bf16, float8_without_compile
 
 from dllm_jepa.config import LORA, TRAINING, Launch, load_config, problems, warnings
-from dllm_jepa.config._float8_rules import float8_capability, float8_on_gpu_in_bf16, float8_without_compile
 
 COMPONENT = "dllm_jepa.jepa.ema_target_encoder"
 FLOAT8 = {"_component_": COMPONENT, "float8": True}

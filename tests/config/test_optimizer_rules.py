@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._inductor.cpp_builder import cpp_compiler_search
-from torch._inductor.exc import InvalidCxxCompiler
-
-from dllm_jepa.config import Launch
 from dllm_jepa.config._optimizer_rules import (
     low_bit_optimizer_has_compiler,
     low_bit_optimizer_on_sharded_bf16,
@@ -22,6 +18,10 @@ from dllm_jepa.config._optimizer_rules import (
     stochastic_round_in_one_process,
     stochastic_round_needs_bf16,
 )
+from torch._inductor.cpp_builder import cpp_compiler_search
+from torch._inductor.exc import InvalidCxxCompiler
+
+from dllm_jepa.config import Launch
 
 LOW_BIT = ["Adam8bit", "Adam4bit", "AdamFp8", "AdamW8bit", "AdamW4bit", "AdamWFp8"]
 OFFLOADED = ["torchao.optim.CPUOffloadOptimizer", "torchao.optim.cpu_offload.CPUOffloadOptimizer"]

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import pytest
 
-from dllm_jepa.data._regex_grammar import Clause, Item, LineKind, may_join
 from dllm_jepa.data._regex_pairs import MAX_PAIRS, WORDINGS, WORDS, generate_regex_pairs, regex_pairs
+from dllm_jepa.data._regex_pairs._grammar import Clause, Item, LineKind, may_join
 from dllm_jepa.data._tasks import nlrx
 from dllm_jepa.models.tiny._tokenizer import tiny_tokenizer
 from tests.data.regex_oracle import accepts, parse, witnesses

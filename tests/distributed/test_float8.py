@@ -69,7 +69,7 @@ def find(folder: Path) -> None:
         state = TrainingState(
             nn.ModuleDict({"model": online}), torch.optim.SGD(online.parameters()), None, parts={"target": encoder}
         )
-        writer = CheckpointWriter(folder, ranks, config_yaml="a: 1\n", facts={"world_size": ranks.world_size})
+        writer = CheckpointWriter(folder, ranks, config_yaml="a: 1\n", fingerprint={"world_size": ranks.world_size})
         writer.save(1, state.tensors(), {"metrics": {}})
         writer.close()
         if ranks.is_rank_zero:

@@ -1,6 +1,9 @@
-"""Generation tasks: exact prompts, what is made of a canvas, facts that tell evaluations apart, and real decoding."""
+"""Generation tasks: exact prompts, what is made of a canvas, fingerprints, and real decoding."""
 
+import inspect
 import json
+import sqlite3
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +13,6 @@ import pytest
 import torch
 
 from dllm_jepa import evals
-from dllm_jepa.config._components import component_problems
-from dllm_jepa.config._eval_keys import TASK
-from dllm_jepa.config._kinds import Component
 from dllm_jepa.data import generate_regex_pairs
 from dllm_jepa.errors import CheckpointError, ConfigError, DataError
 from dllm_jepa.evals import EvalTask, GenerationTask
@@ -39,11 +39,7 @@ TABLES = [
     {
         "db_id": "pets",
         "table_names_original": ["pet"],
-        "table_names": ["pet"],
         "column_names_original": [[-1, "*"], [0, "name"], [0, "age"]],
-        "column_names": [[-1, "*"], [0, "name"], [0, "age"]],
-        "column_types": ["text", "text", "number"],
-        "primary_keys": [1],
         "foreign_keys": [],
     }
 ]
@@ -81,13 +77,18 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[2:]))
         (tmp_path / f"{name}_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
     (tmp_path / "tables.json").write_text(json.dumps(TABLES))
+    (tmp_path / "databases" / "pets").mkdir(parents=True)
+    with sqlite3.connect(tmp_path / "databases" / "pets" / "pets.sqlite") as connection:
+        connection.execute("CREATE TABLE pet (name TEXT, age INTEGER)")
+        connection.executemany("INSERT INTO pet VALUES (?, ?)", [(f"pet {age}", age) for age in range(9)])
+    connection.close()
     return tmp_path
 
 
 def build(name: str, folder: Path, decoding: Any = None, **options: Any) -> GenerationTask:
     sources = {"source": f"{folder}/{name}.jsonl", "shots_source": f"{folder}/{name}_train.jsonl"}
     if name == "spider":
-        sources |= {"tables": f"{folder}/tables.json", "stand_ins": f"{folder}/stand_ins"}
+        sources |= {"tables": f"{folder}/tables.json", "databases": f"{folder}/databases"}
     return BUILDERS[name](TOKENIZER, decoding or CannedDecoding(), progress=False, **(sources | options))
 
 
@@ -177,7 +178,7 @@ def test_context_that_is_too_small_names_the_longest_item(folder: Path) -> None:
         ("django", {"annotation": "?", "code": " "}, "^django.jsonl line 4: field 'code' is blank"),
         ("nlrx", {"description": "?", "regex": "("}, r"^nlrx.jsonl line 4: field 'regex' is '\('"),
         ("spider", {"db_id": "pets", "question": "?"}, "^spider.jsonl line 4 has no field 'query'"),
-        ("spider", {"db_id": "dogs", "question": "?", "query": "SELECT 1"}, "tables.json lacks 1 databases: dogs"),
+        ("spider", {"db_id": "dogs", "question": "?", "query": "SELECT 1"}, "lacks 1 of the 2 databases: dogs"),
     ],
 )
 def test_a_row_without_a_gold_response_is_refused_before_any_model(
@@ -202,16 +203,14 @@ def test_a_chat_template_without_chat_tokens_is_refused(folder: Path) -> None:
         build("django", folder, template="xml")
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"tables": None}, "task.databases, task.tables: neither given"),
-        ({"tables": None, "schema_in_prompt": True}, "task.tables: missing; with schema_in_prompt"),
-    ],
-)
-def test_spider_says_which_key_is_missing(folder: Path, options: dict[str, Any], expected: str) -> None:
-    with pytest.raises(ConfigError, match=expected):
-        build("spider", folder, **options)
+def test_spider_says_what_to_download_and_which_key_is_missing(folder: Path) -> None:
+    download = r"https://yale-lily.github.io/spider: unpack it and set task.databases"
+    with pytest.raises(ConfigError, match=rf"^task.databases: null given, .*{download}"):
+        build("spider", folder, databases=None)
+    with pytest.raises(DataError, match=rf"nowhere, which does not exist, lacks 1 of the 1 .*{download}"):
+        build("spider", folder, databases=f"{folder}/nowhere")
+    with pytest.raises(ConfigError, match="task.tables: missing; with schema_in_prompt"):
+        build("spider", folder, tables=None, schema_in_prompt=True)
 
 
 # Results
@@ -307,40 +306,44 @@ def test_facts_change_with_everything_that_may_change_a_result(folder: Path) -> 
         {"decoding": llada_decoding(gen_length=40, block_length=8, steps=40, threshold=0.9)},
         {"decoding": llada_decoding(gen_length=40, block_length=8, steps=40, factor=0.9)},
     ]
-    facts = [json.dumps(build("nlrx", folder, **change).facts()) for change in changes]
+    facts = [json.dumps(build("nlrx", folder, **change).fingerprint()) for change in changes]
     assert len(set(facts)) == len(changes)
-    assert json.dumps(build("nlrx", folder).facts()) == facts[0]
-    assert build("nlrx", folder).facts()["task"] == "nlrx"
+    assert json.dumps(build("nlrx", folder).fingerprint()) == facts[0]
+    assert build("nlrx", folder).fingerprint()["task"] == "nlrx"
 
 
 def test_the_data_are_the_same_whatever_the_prompts(folder: Path) -> None:
     hashes = {
-        build("nlrx", folder, num_shots=n, template=t).facts()["data_sha256"] for n in (0, 1) for t in ("chat", "plain")
+        build("nlrx", folder, num_shots=n, template=t).fingerprint()["data_sha256"]
+        for n in (0, 1)
+        for t in ("chat", "plain")
     }
     assert len(hashes) == 1
 
 
 def test_a_change_of_a_gold_response_alone_shows(folder: Path) -> None:
-    before = build("django", folder).facts()
+    before = build("django", folder).fingerprint()
     path = folder / "django.jsonl"
     path.write_text(path.read_text().replace('"return 4"', '"return  4"'))
-    after = build("django", folder).facts()
+    after = build("django", folder).fingerprint()
     assert {key for key in before if before[key] != after[key]} == {"data_sha256"}
 
 
-def test_databases_are_among_the_facts_of_spider(folder: Path) -> None:
-    task = build("spider", folder)
-    assert task.facts()["databases"]["are_stand_ins"] is True and "made-up" in task.remarks()["databases"]
-    own = folder / "own" / "pets"
-    own.mkdir(parents=True)
-    (own / "pets.sqlite").write_bytes(next((folder / "stand_ins").glob("*/pets/pets.sqlite")).read_bytes())
-    with_own = build("spider", folder, databases=f"{folder}/own", tables=None)
-    assert with_own.facts()["databases"] == task.facts()["databases"] | {"are_stand_ins": False}
-    assert with_own.remarks()["databases"] == "as given"
-    with (own / "pets.sqlite").open("ab") as file:
+def test_databases_are_in_the_fingerprint_of_spider(folder: Path) -> None:
+    before = build("spider", folder).fingerprint()
+    with (folder / "databases" / "pets" / "pets.sqlite").open("ab") as file:
         file.write(b"\0")
-    changed = build("spider", folder, databases=f"{folder}/own").facts()["databases"]
-    assert changed != with_own.facts()["databases"]
+    after = build("spider", folder).fingerprint()
+    assert {key for key in before if before[key] != after[key]} == {"databases"}
+
+
+@pytest.mark.parametrize("from_code_fence", [False, True])
+def test_a_query_in_a_code_fence(folder: Path, from_code_fence: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = build("spider", folder, from_code_fence=from_code_fence, decoding=CannedDecoding(gen_length=120))
+    fenced = f"It is\n```sql\n{ROWS['spider'][2]['query']};\n```\nas asked."
+    result = evaluate(task, fenced, (END_OF_TURN,), monkeypatch)[0]
+    assert result.score.value is from_code_fence and result.record["prediction"] == fenced
+    assert task.fingerprint().get("from_code_fence", False) is from_code_fence
 
 
 def test_remarks_of_regexes(folder: Path) -> None:
@@ -384,12 +387,12 @@ def test_results_do_not_depend_on_the_batches(model: MaskedDiffusionLM, options:
     assert (again == together) is (not options)
 
 
-@pytest.mark.parametrize("name", [*BUILDERS, "regex_pairs"])
-def test_builders_pass_the_check_of_configs(name: str) -> None:
-    kind = TASK[0].kind
-    assert isinstance(kind, Component)
-    needed = {"num_pairs": 3} if name == "regex_pairs" else {"source": "test.jsonl"}
-    node = {"_component_": f"dllm_jepa.evals.{name}_task", **needed}
-    assert component_problems("task", node, kind) == []
-    assert "no such argument" in component_problems("task", node | {"sorce": "x"}, kind)[0]
-    assert "must be chat or plain" in component_problems("task", node | {"template": "xml"}, kind)[0]
+@pytest.mark.parametrize("builder", [*BUILDERS.values(), evals.regex_pairs_task])
+def test_builders_show_their_arguments_with_types(builder: Callable[..., GenerationTask]) -> None:
+    parameters, hints = inspect.signature(builder).parameters, typing.get_type_hints(builder)
+    assert {*parameters, "return"} == set(hints) and hints["template"] == typing.Literal["chat", "plain"]
+    assert list(parameters)[:2] == ["tokenizer", "decoding"] and inspect.getdoc(builder)
+    with pytest.raises(TypeError, match="sorce"):
+        builder(
+            TOKENIZER, CannedDecoding(), **{name: 1 for name in ("source", "num_pairs") if name in parameters}, sorce=1
+        )

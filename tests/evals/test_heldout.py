@@ -170,9 +170,9 @@ def test_text_is_cut_into_whole_chunks(tokenizer: Tokenizer, text: Path, tmp_pat
     rows.write_text("".join(json.dumps({"body": line}) + "\n" for line in text.read_text().splitlines()))
     from_rows = heldout_task(tokenizer, source=str(rows), field="body", chunk_tokens=32, seed=0, max_items=2)
     assert from_rows.chunks == task.chunks[:2]
-    facts = task.facts()
+    facts = task.fingerprint()
     assert facts["task"] == "heldout" and facts["num_items"] == len(cut)
-    assert facts["data_sha256"] != from_rows.facts()["data_sha256"]
+    assert facts["data_sha256"] != from_rows.fingerprint()["data_sha256"]
     json.dumps(facts)
 
 
@@ -182,7 +182,7 @@ def test_facts_do_not_depend_on_where_the_text_is(tokenizer: Tokenizer, text: Pa
         heldout_task(tokenizer, source=str(path), split=split, chunk_tokens=32, seed=0)
         for path, split in [(text, "test"), (text.parent / "same.txt", "validation")]
     ]
-    assert tasks[0].facts() == tasks[1].facts()
+    assert tasks[0].fingerprint() == tasks[1].fingerprint()
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])

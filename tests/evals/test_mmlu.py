@@ -196,26 +196,20 @@ def test_rows_without_a_subject(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert tokenizer.decode(task.prompts[0]).startswith(
         "The following are multiple choice questions (with answers).\n\nCoal is\n"
     )
-    assert len(task.lengths) == 2 and task.facts()["num_items"] == 2
+    assert len(task.lengths) == 2 and task.fingerprint()["num_items"] == 2
 
 
-def test_facts_tell_data_and_prompts_apart(tokenizer: Tokenizer, source: str, shots_source: str) -> None:
-    facts = [
-        mmlu_task(tokenizer, source=source, shots_source=shots_source, num_shots=n, seed=0).facts() for n in (1, 2)
-    ]
-    assert facts[0]["task"] == "mmlu" and facts[0]["data_sha256"] == facts[1]["data_sha256"]
-    assert facts[0]["prompts_sha256"] != facts[1]["prompts_sha256"]
-    json.dumps(facts)
-
-
-def test_facts_do_not_depend_on_where_the_rows_are(tokenizer: Tokenizer, source: str, shots_source: str) -> None:
-    folder = Path(source).parent
-    (folder / "same.jsonl").write_bytes(Path(source).read_bytes())
-    tasks = [
-        mmlu_task(tokenizer, source=path, shots_source=shots_source, split=split, num_shots=1, seed=0)
-        for path, split in [(source, "test"), (str(folder / "same.jsonl"), "validation")]
-    ]
-    assert tasks[0].facts() == tasks[1].facts()
+def test_fingerprints_tell_prompts_apart_and_not_places(
+    tokenizer: Tokenizer, source: str, shots_source: str, tmp_path: Path
+) -> None:
+    same = write_rows(tmp_path / "same.jsonl", COLOURS)
+    one, moved, other = (
+        mmlu_task(tokenizer, source=path, shots_source=shots_source, split=split, num_shots=n, seed=0).fingerprint()
+        for path, split, n in [(source, "test", 1), (same, "validation", 1), (source, "test", 2)]
+    )
+    assert one == moved and one["task"] == "mmlu"
+    assert {key for key in one if one[key] != other[key]} == {"num_shots", "prompts_sha256"}
+    json.dumps(one)
 
 
 def test_prompts_that_do_not_fit_are_refused(tokenizer: Tokenizer, source: str, shots_source: str) -> None:

@@ -10,8 +10,8 @@ from greenery.charclass import DOT, Charclass
 from greenery.fsm import EPSILON, Fsm, from_charclass
 
 from dllm_jepa.evals.nlrx import equivalent
-from dllm_jepa.evals.nlrx._regex_alphabet import symbol
 from dllm_jepa.evals.nlrx._regex_language import Language, read_language
+from dllm_jepa.evals.nlrx._regex_terms import symbol
 
 # A syntax tree: its kind, and its operands. chars: text and members; repeat: body, least, most (None for no limit).
 Tree = tuple

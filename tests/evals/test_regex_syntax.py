@@ -5,10 +5,9 @@ import string
 import pytest
 
 from dllm_jepa.evals.nlrx import equivalent, is_empty
-from dllm_jepa.evals.nlrx._regex_alphabet import symbol
 from dllm_jepa.evals.nlrx._regex_language import read_language
 from dllm_jepa.evals.nlrx._regex_syntax import MAX_LENGTH, Dialect, RegexSyntaxError
-from dllm_jepa.evals.nlrx._regex_terms import RegexTooLargeError
+from dllm_jepa.evals.nlrx._regex_terms import RegexTooLargeError, symbol
 
 PRINTABLE = [chr(code) for code in range(0x20, 0x7F)]
 CHARACTERS = ["\t", *PRINTABLE, "\n", "\x00", "\x7f", "\u00e9", "\u0663", "\ud800", "\U0001f600"]

@@ -1,16 +1,13 @@
 """Scores of predicted SQL."""
 
-import json
 import re
 import sqlite3
 from pathlib import Path
 
 import pytest
 
-from dllm_jepa.data import Row
 from dllm_jepa.errors import DataError
-from dllm_jepa.evals._tasks import _spider_scoring
-from dllm_jepa.evals.spider import Databases, Limits, score
+from dllm_jepa.evals.spider import Databases, Limits, from_code_fence, score
 from dllm_jepa.evals.spider._sql_text import has_order_by, to_compare, to_execute, tokens
 
 ROWS = [(1, "Joe", "US", 52), (2, "Ann", "FR", 32), (3, "Tim", "FR", 32), (4, "Ann", "NL", None)]
@@ -164,20 +161,6 @@ def test_folders_are_no_files_of_a_database(tmp_path: Path) -> None:
         Databases(tmp_path, ["concert", "empty"])
 
 
-def test_sources_share_a_directory_of_stand_ins(tmp_path: Path) -> None:
-    schema = {"column_names_original": [[-1, "*"], [0, "name"]], "column_types": ["text", "text"]}
-    schema |= {"table_names_original": ["singer"], "primary_keys": [], "foreign_keys": []}
-    tables = tmp_path / "tables.json"
-    tables.write_text(json.dumps([{"db_id": name, **schema} for name in ("dev", "test")]))
-    for db_id in ("dev", "test", "dev"):
-        row = {"db_id": db_id, "query": "SELECT name FROM singer WHERE name = 'Ann'"}
-        scoring = _spider_scoring([Row("line 1", row)], None, str(tmp_path / "made"), str(tables))
-        assert scoring.score(row["query"], row).value is True
-        assert scoring.facts["databases"]["are_stand_ins"] is True
-        assert "n may differ between machines" in scoring.remarks([row])["left_out"]
-    assert len(list((tmp_path / "made").iterdir())) == 2
-
-
 def test_all_missing_databases_are_named_at_once(directory: Path) -> None:
     with pytest.raises(DataError, match=r"lacks 2 of the 3 databases: a, b; each must be there as <db_id>/<db_id>.sql"):
         Databases(directory, ["b", "concert", "a"])
@@ -242,3 +225,21 @@ def test_tokens_of_a_query() -> None:
         *("SELECT", "T1", ".", "a", ",", "'it''s'", ",", "1.5e3", "FROM", "[my t]", "AS", "T1", "WHERE", "`x`"),
         *("<>", "-", ".5", "||", '"q"'),
     ]
+
+
+@pytest.mark.parametrize(
+    ("response", "sql"),
+    [
+        ("SELECT 1", "SELECT 1"),
+        ("```sql\nSELECT 1\n```", "SELECT 1"),
+        ("```\nSELECT `a`,\n1\n```", "SELECT `a`,\n1"),
+        ("So:\n```SQL\nSELECT 1;\n``` or\n```\nSELECT 2\n```", "SELECT 1;"),
+        ("```sqlite\nSELECT 1", "SELECT 1"),
+        ("SELECT `a` FROM `b`", "SELECT `a` FROM `b`"),
+        ("```SELECT 1```", "```SELECT 1```"),
+        ("```\n" * 300_000, ""),
+        ("`" * 1_000_000, "`" * 1_000_000),
+    ],
+)
+def test_the_query_in_a_code_fence(response: str, sql: str) -> None:
+    assert from_code_fence(response) == sql

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
-from torchtune.config import instantiate
 
+from dllm_jepa.config import read_config, recipe_config
 from dllm_jepa.data import BatchPlan, TrainingBatches
 from dllm_jepa.models import InitialWeights, load_hf, save_hf
+from dllm_jepa.models.llada import llada
 from dllm_jepa.models.tiny import tiny_tokenizer
 from tests.launching import metrics, run_here, training_state
 
@@ -22,8 +22,7 @@ FIXED = (
     "~view_sampler.context_range",
     "~view_sampler.target_range",
 )
-SMALL_MODEL = {
-    "_component_": "dllm_jepa.models.llada.llada",
+SMALL_MODEL: dict[str, Any] = {
     "vocab_size": 512,
     "embed_dim": 32,
     "num_layers": 2,
@@ -37,12 +36,12 @@ PLAIN = ("jepa_weight=0", "predictor=null", "target_encoder=null")
 
 def plain_diffusion_losses(config_file: Path) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step of a loop that has never heard of JEPA."""
-    cfg = OmegaConf.load(config_file)
-    tokenizer = instantiate(cfg.tokenizer)
-    model = instantiate(cfg.model)
-    initial = InitialWeights(model, seed=cfg.seed, num_layers=cfg.model.num_layers)
+    cfg: Any = recipe_config("dllm_jepa_full").check(read_config(config_file))
+    tokenizer, model = cfg.tokenizer.build(), cfg.model.build()
+    initial = InitialWeights(model, seed=cfg.seed, num_layers=model.sizes.num_layers)
     model.load_state_dict({name: initial.read(name) for name in model.state_dict()})
-    dataset = instantiate(cfg.dataset, tokenizer, max_seq_len=cfg.max_seq_len, shift_logits=False, progress=False)
+    given = {"tokenizer": tokenizer, "max_seq_len": cfg.max_seq_len, "shift_logits": False, "progress": False}
+    dataset = cfg.dataset.build(**given)
     plan = BatchPlan(
         dataset.lengths,
         global_batch_size=cfg.global_batch_size,
@@ -51,9 +50,9 @@ def plain_diffusion_losses(config_file: Path) -> list[tuple[float, float]]:
         seed=cfg.seed,
     )
     ids = {"mask_id": tokenizer.mask_id, "pad_id": tokenizer.pad_id}
-    batches = TrainingBatches(dataset, plan, instantiate(cfg.view_sampler), rank=0, seed=cfg.seed, **ids)
-    optimizer = instantiate(cfg.optimizer, model.parameters())
-    scheduler = instantiate(cfg.lr_scheduler, optimizer, num_training_steps=cfg.max_steps)
+    batches = TrainingBatches(dataset, plan, cfg.view_sampler.build(), rank=0, seed=cfg.seed, **ids)
+    optimizer = cfg.optimizer.build(model.parameters())
+    scheduler = cfg.lr_scheduler.build(optimizer, num_training_steps=cfg.max_steps)
     steps = []
     for step in range(cfg.max_steps):
         (batch,) = batches.step(step)
@@ -250,7 +249,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...], expected: str
 ) -> None:
     paths = {"assets": Path(__file__).parents[1] / "assets", "other_mask": tmp_path / "other_mask"}
-    save_hf(instantiate(OmegaConf.create(SMALL_MODEL)), paths["other_mask"])
+    save_hf(llada(**SMALL_MODEL), paths["other_mask"])
     config = paths["other_mask"] / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"mask_token_id": 7}))
     message = exits_with(capsys, tmp_path / "run", *(override.format(**paths) for override in overrides))

@@ -35,9 +35,9 @@ def test_copy_and_edit_a_recipe(tmp_path: Path) -> None:
     assert command(tmp_path, "dllm-jepa", "cp", "dllm_jepa_full", "my_recipe.py").returncode == 0
     assert command(tmp_path, "dllm-jepa", "cp", "tiny", "my.yaml").returncode == 0
     recipe = tmp_path / "my_recipe.py"
-    loop = "loss = diffusion_loss + cfg.jepa_weight * alignment_loss"
+    loop = "loss = diffusion_loss + cfg.jepa_weight * jepa_loss"
     assert loop in recipe.read_text()
-    recipe.write_text(recipe.read_text().replace(loop, "loss = diffusion_loss + 0 * alignment_loss"))
+    recipe.write_text(recipe.read_text().replace(loop, "loss = diffusion_loss + 0 * jepa_loss"))
     overrides = [*SMALL[2:], "max_steps=2"]
     done = command(tmp_path, "tune", "run", "my_recipe.py", "--config", "my.yaml", *overrides, "output_dir=edited")
     assert done.returncode == 0, done.stderr

@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
-from torchtune.config import instantiate
 
-from dllm_jepa.config import LORA, load_config, with_defaults
+from dllm_jepa.config import load_config, read_config, recipe_config
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.export import export_checkpoint
 from dllm_jepa.models import InitialWeights, load_adapter, load_hf, save_hf
+from dllm_jepa.models.llada import llada
 from dllm_jepa.models.tiny import tiny_tokenizer
 from dllm_jepa.training import Ranks, RunDirectory, StopSignals
 from tests.launching import (
@@ -42,8 +41,7 @@ QUANTIZED = ("model.embed_dim=256", "model.mlp_dim=256", "model.num_layers=1", "
 KINDS = {"lora": (), "dropout": DROPOUT, "dora": DORA, "quantized": QUANTIZED, "qdora": (*QUANTIZED, *DORA)}
 RECOMPUTED = ("enable_activation_checkpointing=true",)
 NO_CLIPPING = ("clip_grad_norm=null", "lr_scheduler=null", "optimizer={_component_: torch.optim.SGD, lr: 1.0}")
-BASE_MODEL = {
-    "_component_": "dllm_jepa.models.llada.llada",
+BASE_MODEL: dict[str, Any] = {
     "vocab_size": 512,
     "embed_dim": 32,
     "num_layers": 2,
@@ -60,16 +58,16 @@ def run_lora(output_dir: Path, *overrides: str) -> list[dict[str, Any]]:
 
 def build_recipe(output_dir: Path, *overrides: str) -> Any:
     """The recipe after setup, in this process."""
-    cfg = with_defaults(load_config([*SMALL_LORA, f"output_dir={output_dir}", *overrides]), LORA)
+    cfg = recipe_config(RECIPE).check(load_config([*SMALL_LORA, f"output_dir={output_dir}", *overrides]))
     ranks = Ranks.join("cpu")
     run = RunDirectory(output_dir, "never", ranks)
-    recipe = importlib.import_module(RECIPE).DLLMJEPALoRARecipe(cfg, ranks, run, StopSignals(ranks))
+    recipe = importlib.import_module(RECIPE).DLLMJEPARecipe(cfg, ranks, run, StopSignals(ranks))
     recipe.setup()
     return recipe
 
 
 def base_model(seed: int) -> Any:
-    model = instantiate(OmegaConf.create(BASE_MODEL))
+    model = llada(**BASE_MODEL)
     initial = InitialWeights(model, seed=seed, num_layers=2)
     model.load_state_dict({name: initial.read(name) for name in model.state_dict()})
     return model
@@ -122,7 +120,8 @@ def test_the_first_step_is_that_of_full_fine_tuning_seen_through_the_adapters(tm
     for key in ("loss", "diffusion_loss", "jepa_loss"):
         assert row[key] == pytest.approx(expected[0][key], rel=1e-6)
     full, lora = training_state(tmp_path / "full", 1), training_state(tmp_path / "lora", 1)
-    model = instantiate(OmegaConf.load(tmp_path / "full/config.yaml").model)
+    cfg: Any = recipe_config(RECIPE).check(read_config(tmp_path / "full/config.yaml"))
+    model = cfg.model.build()
     start = InitialWeights(model, seed=0, num_layers=2)
     adapted = [name.removesuffix(".lora_a.weight") for name in lora if name.endswith(".lora_a.weight")]
     adapted = [name for name in adapted if name.startswith("trained.model.")]

@@ -66,7 +66,7 @@ def test_a_step_in_the_backward_pass_takes_one_micro_batch(
     assert exit_info.value.code == 1
     message = capsys.readouterr().err
     assert message.count("error:") == 1
-    assert "may take several micro-batches for a step" in message and "optimizer_in_bwd allows one" in message
+    assert "may split a step into several micro-batches" in message and "optimizer_in_bwd needs them in one" in message
     assert not (tmp_path / "run").exists()
 
     # With the number that it names the run starts, and it is the smallest such number.

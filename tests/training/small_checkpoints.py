@@ -10,11 +10,11 @@ from dllm_jepa.training import CheckpointWriter, Ranks
 from dllm_jepa.training.checkpoint._manifest import record_of, write_manifest
 
 ONE_PROCESS = Ranks.join("cpu")
-FACTS = {"seed": 3, "world_size": 1, "versions": {"python": "3.11.7"}, "data": {"sha256": "ab", "sequences": 5}}
+FINGERPRINT = {"seed": 3, "world_size": 1, "versions": {"python": "3.11.7"}, "data": {"sha256": "ab", "sequences": 5}}
 
 
 def writer(directory: Path, **options: Any) -> CheckpointWriter:
-    return CheckpointWriter(directory, ONE_PROCESS, config_yaml="a: 1\n", facts=FACTS, **options)
+    return CheckpointWriter(directory, ONE_PROCESS, config_yaml="a: 1\n", fingerprint=FINGERPRINT, **options)
 
 
 def tensors(step: int) -> dict[str, Tensor]:

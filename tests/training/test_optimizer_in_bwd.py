@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dllm_jepa.training._optimizer_in_bwd import OptimizerInBackward
+from dllm_jepa.training._optimizers import OptimizerInBackward
 
 STEPS = 5
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dllm_jepa.errors import ConfigError, TrainingError
 from dllm_jepa.training import Ranks, RunDirectory, RunLog, build_metric_logger, build_profiler
-from dllm_jepa.training._step_clock import StepClock
+from dllm_jepa.training._run_log import StepClock
 
 
 class Clock:

@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dllm_jepa.evals.nlrx._regex_alphabet import OTHER, WORD
 from dllm_jepa.evals.nlrx._regex_syntax import Dialect, parse
-from dllm_jepa.evals.nlrx._regex_terms import Moves, Term, Terms
+from dllm_jepa.evals.nlrx._regex_terms import OTHER, WORD, Moves, Term, Terms
 
 # Three times what the largest regex of NL-RX takes, and about half a second.
 _BUDGET = 400_000

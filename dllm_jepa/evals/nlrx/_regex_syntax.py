@@ -16,8 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from dllm_jepa.evals.nlrx._regex_alphabet import ALL, BLANKS, DIGITS, WORD, interval, symbol
-from dllm_jepa.evals.nlrx._regex_terms import Term, Terms
+from dllm_jepa.evals.nlrx._regex_terms import ALL, BLANKS, DIGITS, WORD, Term, Terms, interval, symbol
 
 Dialect = Literal["word_boundary", "brics"]
 

@@ -14,11 +14,16 @@ Hence the derivative by a character a after p: the term that holds (a, text, n) 
 Source: Brzozowski, "Derivatives of Regular Expressions", J. ACM 11 (1964), for terms without `\b`.
 """
 
+import string
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from dllm_jepa.evals.nlrx._regex_alphabet import ALL, WORD
+# The alphabet: TAB, 0x20-0x7e, and one symbol for every other character. A mask is a set of symbols: bit 0 is TAB,
+# bits 1 to 95 are 0x20 to 0x7e in their order, bit 96 is every other one.
+OTHER = 1 << 96
+ALL = (1 << 97) - 1
+_CODES = (ord("\t"), *range(0x20, 0x7F))
 
 Kind = Literal["chars", "boundary", "epsilon", "concat", "repeat", "union", "complement"]
 
@@ -27,6 +32,34 @@ MAX_DEPTH = 64
 _TERM_COST = 10
 _CHOICE_COST = 4
 _ALWAYS = 0b1111
+
+
+def symbol(character: str) -> int:
+    """The mask of one character."""
+    code = ord(character)
+    if 0x20 <= code <= 0x7E:
+        return 1 << (code - 0x1F)
+    return 1 if character == "\t" else OTHER
+
+
+def interval(first: str, last: str) -> int:
+    """The mask of all characters from `first` to `last`, in the order of their code points; 0 if there is none."""
+    named = [chr(code) for code in _CODES if ord(first) <= code <= ord(last)]
+    others = ord(last) - ord(first) + 1 > len(named)
+    return mask_of(named) | (OTHER if others else 0)
+
+
+def mask_of(characters: str | list[str]) -> int:
+    """The mask of several characters."""
+    mask = 0
+    for character in characters:
+        mask |= symbol(character)
+    return mask
+
+
+DIGITS = mask_of(string.digits)
+BLANKS = mask_of(" \t")
+WORD = mask_of(string.ascii_letters + string.digits + "_")
 
 
 class RegexTooLargeError(ValueError):

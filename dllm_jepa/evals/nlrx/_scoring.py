@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm_jepa.errors import DataError
-from dllm_jepa.evals._score import Score
+from dllm_jepa.evals._task import Score
 from dllm_jepa.evals.nlrx._regex_language import Language, read_language
 from dllm_jepa.evals.nlrx._regex_syntax import Dialect, RegexSyntaxError
 from dllm_jepa.evals.nlrx._regex_terms import RegexTooLargeError

@@ -1,7 +1,7 @@
-"""Spider: predicted queries, judged by what they give; running them safely; stand-ins for its databases."""
+"""Spider: predicted queries, judged by what they give; running them safely."""
 
-from dllm_jepa.evals.spider._execution_match import Databases, score
+from dllm_jepa.evals.spider._execution_match import DOWNLOAD, Databases, score
 from dllm_jepa.evals.spider._sandbox import Limits, Result, Sandbox, execute
-from dllm_jepa.evals.spider._stand_in_databases import make_stand_ins
+from dllm_jepa.evals.spider._sql_text import from_code_fence
 
-__all__ = ["Databases", "Limits", "Result", "Sandbox", "execute", "make_stand_ins", "score"]
+__all__ = ["DOWNLOAD", "Databases", "Limits", "Result", "Sandbox", "execute", "from_code_fence", "score"]

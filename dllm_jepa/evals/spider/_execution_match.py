@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from dllm_jepa.errors import DataError
-from dllm_jepa.evals._score import Score
+from dllm_jepa.evals._task import Score
 from dllm_jepa.evals.spider._result_match import same_result
 from dllm_jepa.evals.spider._sandbox import Limits, Result, Sandbox
-from dllm_jepa.evals.spider._schemas import check_db_id
 from dllm_jepa.evals.spider._sql_text import has_order_by, to_compare, to_execute
-from dllm_jepa.evals.spider._stand_in_databases import is_stand_in
 
+DOWNLOAD = (
+    "Spider's databases come with its download, https://yale-lily.github.io/spider: unpack it and set task.databases "
+    "to its folder `database`"
+)
 _NUM_NAMED = 10
 
 
@@ -28,9 +30,6 @@ class Databases:
         keep_distinct: leave DISTINCT in the queries; the official evaluation takes it out of gold and prediction, and
             so do we unless this is set.
 
-    Attributes:
-        are_stand_ins: made by `make_stand_ins`; scores on them cannot be compared with published ones.
-
     Raises:
         DataError: databases are missing (the message names the first ones), or a `db_id` is no name of a directory.
     """
@@ -40,7 +39,7 @@ class Databases:
     ) -> None:
         """Find the files."""
         try:
-            wanted = sorted({check_db_id(db_id) for db_id in db_ids})
+            wanted = sorted({_directory_name(db_id) for db_id in db_ids})
         except ValueError as error:
             raise DataError(f"a row names no database of {directory}: {error}") from error
         self._files = {
@@ -48,14 +47,13 @@ class Databases:
         }
         missing = [db_id for db_id in wanted if directory / db_id / f"{db_id}.sqlite" not in self._files[db_id]]
         if missing:
-            there = "" if directory.is_dir() else ", which is no directory,"
+            there = "" if directory.is_dir() else ", which does not exist,"
             more = "" if len(missing) <= _NUM_NAMED else f" and {len(missing) - _NUM_NAMED} more"
             raise DataError(
                 f"databases directory {directory}{there} lacks {len(missing)} of the {len(wanted)} databases: "
-                f"{', '.join(missing[:_NUM_NAMED])}{more}; each must be there as <db_id>/<db_id>.sqlite"
+                f"{', '.join(missing[:_NUM_NAMED])}{more}; each must be there as <db_id>/<db_id>.sqlite. {DOWNLOAD}"
             )
         self.keep_distinct = keep_distinct
-        self.are_stand_ins = is_stand_in(directory)
         self._sandbox = Sandbox(limits)
 
     def files(self, db_id: str) -> list[Path]:
@@ -129,3 +127,14 @@ def _execution_match(prediction: str, gold: str, db_id: str, databases: Database
         if not same_result(rows, found.rows, ordered=has_order_by(gold)):
             return False, f"other rows than the gold query ({len(found.rows)}, gold {len(rows)})"
     return True, ""
+
+
+def _directory_name(db_id: object) -> str:
+    """A `db_id` as it is, if a directory inside another one may have that name.
+
+    Raises:
+        ValueError: it may not: the name is empty, leads elsewhere, or is no text.
+    """
+    if not isinstance(db_id, str) or db_id in ("", ".", "..") or Path(db_id).name != db_id or "\0" in db_id:
+        raise ValueError(f"db_id {db_id!r} must be the name of a directory")
+    return db_id

@@ -14,8 +14,16 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+# What a chat model puts SQL between: three backticks and maybe the name of a language, to three backticks or the end.
+_FENCE = re.compile(r"```[^\n`]*+\n((?:[^`]|`(?!``))*+)")
 _SPLIT_OPERATORS = (("> =", ">="), ("< =", "<="), ("! =", "!="))
 _CURRENT_YEAR = re.compile(r"YEAR\s*\(\s*CURDATE\s*\(\s*\)\s*\)", re.IGNORECASE)
+
+
+def from_code_fence(response: str) -> str:
+    """The text in the first code fence of a response; the response as it is if there is none."""
+    found = _FENCE.search(response)
+    return found[1].strip() if found else response
 
 
 def tokens(sql: str) -> list[str]:

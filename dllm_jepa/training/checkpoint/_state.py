@@ -1,5 +1,7 @@
-"""Everything that a run must have to go on as if it had never stopped."""
+"""Everything that a run must have to go on as if it had never stopped, and whether what goes on is the same run."""
 
+import importlib.metadata
+import platform
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dllm_jepa.errors import CheckpointError
 from dllm_jepa.training._ranks import Ranks
 from dllm_jepa.training.checkpoint._optimizer import (
     check_rates,
@@ -19,6 +22,7 @@ from dllm_jepa.training.checkpoint._optimizer import (
 from dllm_jepa.training.checkpoint._reader import SavedCheckpoint
 
 TRAINED = "trained"
+_PACKAGES = ("dllm-jepa", "torch", "torchtune", "torchao")
 
 
 class Part(Protocol):
@@ -118,3 +122,56 @@ def check_trained(checkpoint: SavedCheckpoint, part: str, module: nn.Module) -> 
     prefix = f"{TRAINED}.{part}."
     wanted = {f"{prefix}{name}": param for name, param in trained_tensors(module).items()}
     checkpoint.check_shapes(wanted, part=prefix)
+
+
+def run_fingerprint(ranks: Ranks, **known: Any) -> dict[str, Any]:
+    """What a run is computed from, as JSON can hold it; every one of its checkpoints stores it.
+
+    Args:
+        ranks: the ranks.
+        **known: what the recipe knows: `seed`, `base`, `model` and `data`; `base_weights`, the fingerprint of a base
+            that is not part of the training state.
+
+    Returns:
+        The same with the number of ranks, and the versions of Python and of the packages that decide what is computed.
+    """
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"world_size": ranks.world_size, "versions": versions, **known}
+
+
+def compare_fingerprints(saved: Mapping[str, Any], present: Mapping[str, Any], *, override: bool) -> list[str]:
+    """Compare the run that a checkpoint is of with the one that goes on from it.
+
+    Args:
+        saved: state of the checkpoint, its fingerprint within.
+        present: fingerprint of this run.
+        override: say that the data differ instead of refusing it.
+
+    Returns:
+        A line for every difference that changes no more than rounding.
+
+    Raises:
+        CheckpointError: if the data are others, or the weights that adapters stand on.
+    """
+    if saved.get("base_weights") != present.get("base_weights"):
+        raise CheckpointError(
+            "the adapters of the checkpoint were trained on other weights than those of "
+            f"{present['base'] or 'this run'}: give the checkpoint_dir of its base, which was "
+            f"{saved['base'] or 'null (random weights)'}"
+        )
+    lines = [
+        f"{name}: {saved['versions'].get(name)} -> {version}"
+        for name, version in present["versions"].items()
+        if saved["versions"].get(name) != version
+    ]
+    if saved["world_size"] != present["world_size"]:
+        lines.append(f"ranks: {saved['world_size']} -> {present['world_size']}")
+    if saved["data"]["sha256"] != present["data"]["sha256"]:
+        then, now = (f"{run['data']['sequences']:,} sequences" for run in (saved, present))
+        if not override:
+            raise CheckpointError(
+                f"the checkpoint was trained on other data: {then} then, {now} now, and their tokens differ. Give the "
+                "same rows and tokenizer, or go on all the same with resume_override=true"
+            )
+        lines.append(f"data: {then} -> {now} (resume_override)")
+    return lines

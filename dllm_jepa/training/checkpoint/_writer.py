@@ -51,7 +51,7 @@ class CheckpointWriter:
         directory: where the checkpoints of the run stand.
         ranks: the ranks.
         config_yaml: the resolved config, stored with each checkpoint.
-        facts: what else is the same for all checkpoints of the run, as JSON.
+        fingerprint: `run_fingerprint`, stored with each checkpoint.
         every_n_steps: optimizer steps between checkpoints; None for none but those that are asked for.
         keep_last: newest checkpoints to keep; None keeps all.
         keep_every: checkpoints at multiples of so many steps are kept besides.
@@ -64,7 +64,7 @@ class CheckpointWriter:
         ranks: Ranks,
         *,
         config_yaml: str,
-        facts: Mapping[str, Any],
+        fingerprint: Mapping[str, Any],
         every_n_steps: int | None = None,
         keep_last: int | None = None,
         keep_every: int | None = None,
@@ -73,7 +73,7 @@ class CheckpointWriter:
         self._directory = directory
         self._ranks = ranks.with_own_group() if async_save else ranks
         self._config_yaml = config_yaml
-        self._facts = facts
+        self._fingerprint = fingerprint
         self._every_n_steps = every_n_steps
         self._keep = {"keep_last": keep_last, "keep_every": keep_every}
         self._staging = _Staging() if async_save else None
@@ -101,7 +101,7 @@ class CheckpointWriter:
         self.finish()
         self._last_step = step
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        state = json.dumps({"step": step, "time": now, **self._facts, **numbers}, indent=1) + "\n"
+        state = json.dumps({"step": step, "time": now, **self._fingerprint, **numbers}, indent=1) + "\n"
         if self._staging is None or self._thread is None:
             self._write(step, tensors, state)
         else:

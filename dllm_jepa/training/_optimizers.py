@@ -1,8 +1,65 @@
-"""The optimizer step fused into the backward pass, so that the gradients never exist all at once."""
+"""Learning-rate schedules, and the optimizer step fused into the backward pass."""
+
+import math
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+
+def warmup_warning(lr_scheduler: LRScheduler | None, *, num_steps: int) -> str | None:
+    """What to say of a warm-up that is longer than the run; None if there is nothing to say.
+
+    Args:
+        lr_scheduler: the schedule; only a `LambdaLR` can be looked into.
+        num_steps: steps of the whole run.
+    """
+    factors = lr_scheduler.lr_lambdas if isinstance(lr_scheduler, LambdaLR) else []
+    if not any(all(factor(step) < factor(step + 1) for step in range(num_steps)) for factor in factors):
+        return None
+    return (
+        f"lr_scheduler: the warm-up is longer than the run: the learning rate is still rising at step {num_steps}, the "
+        "last one; lower its warm-up steps, or raise max_steps"
+    )
+
+
+def cosine_with_warmup(
+    optimizer: Optimizer,
+    *,
+    num_training_steps: int,
+    num_warmup_steps: int | None = None,
+    warmup_ratio: float = 0.03,
+) -> LambdaLR:
+    """Linear warm-up, then half a cosine down to zero.
+
+    Step s (from 0) of the warm-up has rate (s + 1) / num_warmup_steps, so that no step is wasted at rate zero.
+
+    Args:
+        optimizer: its rates are the peaks.
+        num_training_steps: steps of the whole run.
+        num_warmup_steps: steps of the warm-up; None takes `warmup_ratio`.
+        warmup_ratio: warm-up as a fraction in [0, 1] of the run, rounded up.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+    if not 0 <= warmup_ratio <= 1:
+        raise ValueError(f"warmup_ratio must be in [0, 1], got {warmup_ratio}")
+    if num_training_steps < 1 or (num_warmup_steps is not None and num_warmup_steps < 0):
+        raise ValueError(
+            f"num_training_steps must be at least 1 and num_warmup_steps at least 0, got {num_training_steps} and "
+            f"{num_warmup_steps}"
+        )
+    warmup = math.ceil(warmup_ratio * num_training_steps) if num_warmup_steps is None else num_warmup_steps
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, num_training_steps - warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+    return LambdaLR(optimizer, share)
 
 
 class OptimizerInBackward:

@@ -3,22 +3,22 @@
 import math
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
-from torchtune.config import instantiate
-from torchtune.training import DummyProfiler
 from tqdm import tqdm
 
-from dllm_jepa.errors import ConfigError
-from dllm_jepa.training._guards import check_finite
+from dllm_jepa.errors import ConfigError, TrainingError
 from dllm_jepa.training._ranks import Ranks
 from dllm_jepa.training._run_directory import RunDirectory
-from dllm_jepa.training._step_clock import StepClock
+from dllm_jepa.training.checkpoint import list_checkpoints
+
+_MAX_NAMED = 64  # sequences in an error message
 
 
 class MetricLogger(Protocol):
@@ -41,32 +41,103 @@ class Profiler(Protocol):
     def stop(self) -> None: ...  # noqa: D102
 
 
-def build_metric_logger(component: DictConfig | None, ranks: Ranks) -> MetricLogger | None:
-    """The metric logger that a component describes, on rank zero.
+def build_metric_logger(build: Callable[[], MetricLogger] | None, ranks: Ranks) -> MetricLogger | None:
+    """The metric logger of the config, on rank zero.
 
     Raises:
         ConfigError: if it needs a package that is not installed.
     """
-    if component is None or not ranks.is_rank_zero:
+    if build is None or not ranks.is_rank_zero:
         return None
     try:
-        logger: MetricLogger = instantiate(component)
+        return build()
     except ImportError as error:
         raise ConfigError(f"metric_logger: {error}; install what it needs, or set metric_logger: null") from error
-    return logger
 
 
-def build_profiler(component: DictConfig | None) -> Profiler:
-    """The profiler that a component describes, as torchtune's `setup_torch_profiler`; for None one that does nothing.
+def build_profiler(build: Callable[[], Any] | None) -> Profiler | None:
+    """The profiler of the config; it is started, told of every step, and stopped however the run ends.
 
-    It is started, told of every step, and stopped however the run ends.
+    Args:
+        build: returns a profiler, or as torchtune's `setup_torch_profiler` one and its settings; None for none.
     """
-    if component is None:
-        nothing: Profiler = DummyProfiler()
-        return nothing
-    built = instantiate(component)
-    profiler: Profiler = built[0] if isinstance(built, tuple) else built  # torchtune's comes with its settings
+    built = None if build is None else build()
+    profiler: Profiler | None = built[0] if isinstance(built, tuple) else built
     return profiler
+
+
+def check_finite(
+    step: int, values: Mapping[str, float], *, samples: Callable[[int], Sequence[int]], checkpoints: Path
+) -> None:
+    """Refuse to go on with a broken number; call before anything is saved.
+
+    Args:
+        step: step number from 0.
+        values: numbers of the global batch, by name, the same on every rank.
+        samples: gives the dataset indices of a step; called only when they are named.
+        checkpoints: where the training states of the run stand.
+
+    Raises:
+        TrainingError: if a value is not finite; it names the step, the batch and the last training state.
+    """
+    if all(map(math.isfinite, values.values())):
+        return
+    saved, batch = list_checkpoints(checkpoints), samples(step)
+    named = ", ".join(map(str, batch[:_MAX_NAMED])) + (", ..." if len(batch) > _MAX_NAMED else "")
+    numbers = ", ".join(f"{name} {value}" for name, value in values.items())
+    raise TrainingError(
+        f"step {step + 1}: {numbers}; stopped, and nothing from this step on is saved. Dataset indices of its batch: "
+        f"[{named}]. Last good checkpoint: {saved[-1] if saved else 'none'}. Look at these sequences, or try a "
+        "lower rate"
+    )
+
+
+class StepClock:
+    """A stop watch whose laps are booked by name.
+
+    On a GPU a lap ends when the work handed to the GPU before has ended: laps are events on its stream, which are read
+    later, so that no lap waits for it.
+
+    Args:
+        device: device of the work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._last = self._now()
+        self._laps: list[tuple[str, float | torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        """Begin the first lap."""
+        self._last = self._now()
+
+    def lap(self, name: str) -> None:
+        """End a lap; the time since the last one belongs to `name`."""
+        self._laps.append((name, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds under every name since the last call; on a GPU it waits for the last lap to end."""
+        seconds: dict[str, float] = defaultdict(float)
+        for name, end in self._laps:
+            seconds[name] += self._between(self._last, end)
+            self._last = end
+        self._laps.clear()
+        return dict(seconds)
+
+    def _now(self) -> "float | torch.cuda.Event":
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    @staticmethod
+    def _between(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
+        if isinstance(start, float) or isinstance(end, float):
+            assert isinstance(start, float) and isinstance(end, float), "both come from the same clock"
+            return end - start
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000  # milliseconds
 
 
 @dataclass(frozen=True)
@@ -89,25 +160,27 @@ class RunLog:
     Args:
         run: the output directory, opened.
         metric_logger: a logger beside metrics.jsonl, or None.
-        profiler: profiles the steps.
+        profiler: profiles the steps, or None.
         ranks: the ranks.
         num_steps: steps of the whole run.
         log_every_n_steps: steps between logging steps.
         peak_tflops: TFLOP/s of one device at its peak, for `mfu`; None leaves it out.
         samples: the dataset indices of a step, for error messages.
+        compiles: the first step compiles the model. It is reported by itself, and without a speed.
     """
 
     def __init__(
         self,
         run: RunDirectory,
         metric_logger: MetricLogger | None,
-        profiler: Profiler,
+        profiler: Profiler | None,
         ranks: Ranks,
         *,
         num_steps: int,
         log_every_n_steps: int,
         peak_tflops: float | None,
         samples: Callable[[int], Sequence[int]],
+        compiles: bool = False,
     ) -> None:
         self._run = run
         self._metric_logger = metric_logger
@@ -118,6 +191,9 @@ class RunLog:
         self._log_every_n_steps = log_every_n_steps
         self._peak_flops = None if peak_tflops is None else peak_tflops * 1e12 * ranks.world_size
         self._samples = samples
+        self._compiles = compiles
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
         self._pending: list[_Step] = []
         self._is_profiling = False
         self._clock = StepClock(ranks.device)
@@ -133,19 +209,46 @@ class RunLog:
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to do, from 0."""
+        if self._compiles:
+            self.say("compiling: the first step takes from half a minute to some minutes longer than those after it")
+        if self._profiler is not None:
+            self._announce_profile(self._profiler)
+            self._profiler.start()
+            self._is_profiling = True
         self._clock.start()
         self._last_read = time.perf_counter()
-        self._profiler.start()
-        self._is_profiling = True
         for step in range(self._start_step, self._num_steps):
             yield step
             self._bar.update()
-            self._profiler.step()
+            if self._profiler is not None:
+                self._profiler.step()
             self.lap("other")
 
     def lap(self, phase: str) -> None:
         """End a phase of the step: the time since the last call is reported as `{phase}_seconds`."""
         self._clock.lap(phase)
+
+    def add(self, name: str, value: Tensor, *, count: Tensor | None = None) -> None:
+        """Add what a micro-batch contributes to a metric of the step, on every rank; nothing waits for the device.
+
+        Args:
+            name: its key in metrics.jsonl.
+            value: scalar on the device; its sum over micro-batches and ranks is the metric. For a mean over the global
+                batch it is a sum over the micro-batch, divided by a count of the whole batch.
+            count: scalar on the device, for a mean over what the whole batch has an unknown number of: the sum of
+                `value` is divided by that of `count`. Nothing is reported where it is zero.
+        """
+        for sums, part in ((self._sums, value), (self._counts, count)):
+            if part is not None:
+                sums[name] = sums[name] + part.detach() if name in sums else part.detach()
+
+    def reduce(self) -> dict[str, Tensor]:
+        """What was added since the last call, over all ranks, as fp32 scalars on the device; on all ranks at once."""
+        sums, counts = self._sums, self._counts
+        self._sums, self._counts = {}, {}
+        reduced = self._ranks.sum(torch.stack([part.float() for part in (*sums.values(), *counts.values())]))
+        values = dict(zip(sums, reduced[: len(sums)], strict=True))
+        return values | {name: values[name] / count for name, count in zip(counts, reduced[len(sums) :], strict=True)}
 
     def write(self, step: int, row: Mapping[str, Any], values: Mapping[str, Tensor], *, flops: float) -> None:
         """Report a step: at once on a logging step, otherwise by the next one.
@@ -153,8 +256,8 @@ class RunLog:
         Args:
             step: step number from 0; the object in metrics.jsonl counts optimizer steps done, from 1.
             row: its numbers, `tokens` among them.
-            values: fp32 scalars on the device, `loss` and `grad_norm` among them; one that is NaN is left out, but for
-                these two.
+            values: fp32 scalars on the device, those of `reduce`, `loss` and `grad_norm` among them; one that is NaN
+                is left out, but for the last two.
             flops: FLOPs of the step on all ranks together, by the usual count for `mfu`.
 
         Raises:
@@ -162,7 +265,8 @@ class RunLog:
         """
         numbers = torch.stack([value.detach().float() for value in values.values()])
         self._pending.append(_Step(step, dict(row), tuple(values), numbers, flops))
-        if (step + 1) % self._log_every_n_steps == 0 or step + 1 == self._num_steps:
+        is_compiled = self._compiles and step == self._start_step
+        if (step + 1) % self._log_every_n_steps == 0 or step + 1 == self._num_steps or is_compiled:
             rows = self.flush()
             if self._metric_logger is not None and rows:
                 self._metric_logger.log_dict(rows[-1], step=step + 1)
@@ -187,8 +291,8 @@ class RunLog:
                 rows.append({"step": step.number + 1} | known | step.row | times)
                 self._run.metrics.append(rows[-1])
         if rows:
-            shown = f"loss {rows[-1]['loss']:.4f}, {times['tokens_per_second']:,.0f} tokens/s"
-            self._bar.set_postfix_str(shown, refresh=False)
+            speed = f", {times['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in times else ""
+            self._bar.set_postfix_str(f"loss {rows[-1]['loss']:.4f}{speed}", refresh=False)
         return rows
 
     def sync(self) -> None:
@@ -224,17 +328,29 @@ class RunLog:
         """Speed and memory since the last logging step; the same for every step since then."""
         now = time.perf_counter()
         seconds, self._last_read = now - self._last_read, now
-        times = {
-            "tokens_per_second": sum(step.row["tokens"] for step in steps) / seconds,
-            "step_seconds": seconds / len(steps),
-        }
+        has_speed = not (self._compiles and steps[0].number == self._start_step)
+        times = {"tokens_per_second": sum(step.row["tokens"] for step in steps) / seconds} if has_speed else {}
+        times |= {"step_seconds": seconds / len(steps)}
         times |= {f"{phase}_seconds": lap / len(steps) for phase, lap in self._clock.read().items()}
-        if self._peak_flops is not None:
+        if has_speed and self._peak_flops is not None:
             times["mfu"] = sum(step.flops for step in steps) / (seconds * self._peak_flops)
         if self._ranks.device.type == "cuda":
             times["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             times["reserved_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
         return times
+
+    def _announce_profile(self, profiler: Profiler) -> None:
+        """Say that the run ends before a profiler of torch with a schedule is done."""
+        if not isinstance(profiler, torch.profiler.profile) or not profiler.record_steps:
+            return
+        num_steps = self._num_steps - self._start_step
+        actions = [profiler.schedule(step) for step in range(num_steps)]
+        if torch.profiler.ProfilerAction.RECORD_AND_SAVE not in actions:
+            recorded = actions.count(torch.profiler.ProfilerAction.RECORD)
+            self.say(
+                f"warning: profiler: its schedule is longer than the {num_steps} steps to do, of which it records "
+                f"{recorded}: raise max_steps, or lower its wait, warm-up or active steps"
+            )
 
     def say(self, message: str) -> None:
         """Print a line without tearing the bar."""
@@ -244,7 +360,7 @@ class RunLog:
     def close(self) -> None:
         """Close the bar, the metric logger and the profiler, which writes what it has."""
         self._bar.close()
-        if self._is_profiling:
+        if self._is_profiling and self._profiler is not None:
             self._is_profiling = False
             self._profiler.stop()
         if self._metric_logger is not None:

@@ -2,7 +2,7 @@
 
 Descriptions are unambiguous: every construct has words of its own, a repeat or a choice can stand only where an item
 can, and a clause only where a clause can, so each description has one reading and belongs to one regex. Several
-descriptions may share a regex. See `_regex_grammar` for the trees and for why no language is empty or all-accepting.
+descriptions may share a regex. See `_grammar` for the trees and for why no language is empty or all-accepting.
 """
 
 import hashlib
@@ -10,14 +10,15 @@ import random
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from dllm_jepa.data._examples import ExampleOptions, TooLong, check_choice
-from dllm_jepa.data._regex_grammar import Clause, ClauseKind, Item, Line, LineKind, Unit, may_join
-from dllm_jepa.data._sequences import SequenceDataset
+from annotated_types import Ge, Le
+
+from dllm_jepa.data._builders import join_builder
+from dllm_jepa.data._examples import check_choice
+from dllm_jepa.data._regex_pairs._grammar import Clause, ClauseKind, Item, Line, LineKind, Unit, may_join
 from dllm_jepa.data._sources import Row
-from dllm_jepa.data._tasks import TASKS, build_task
-from dllm_jepa.data._templates import Template, TextTokenizer
+from dllm_jepa.data._tasks import TASKS, Examples, encode_examples
 
 MAX_PAIRS = 100_000
 _HELDOUT_EVERY = 10
@@ -258,49 +259,32 @@ def generate_regex_pairs(
     return [{"description": description, "regex": regex} for description, regex in pairs.items()]
 
 
-def regex_pairs(
-    tokenizer: TextTokenizer,
+def _generated_examples(
     *,
-    num_pairs: int,
-    max_seq_len: int,
+    num_pairs: Annotated[int, Ge(1), Le(MAX_PAIRS)],
     seed: int = 0,
     split: Literal["train", "heldout"] = "train",
     task: Literal["first", "second"] = "first",
-    template: Template = "chat",
-    system_prompt: str | None = None,
-    too_long: TooLong = "truncate",
-    eos_fill: int = 0,
-    canvas_tokens: int | None = None,
-    mask_prompt: bool = False,
-    shift_logits: bool = False,
-    progress: bool = True,
-) -> SequenceDataset:
-    """The built-in pairs, in the prompt of the nlrx task.
+    max_rows: Annotated[int, Ge(1)] | None = None,
+) -> Examples:
+    """Generate the pairs.
 
     Args:
-        tokenizer: the model's tokenizer.
         num_pairs: number of pairs; see `generate_regex_pairs`, also for the next three.
-        max_seq_len: longest sequence in tokens.
         seed: seed of the draw.
         split: which languages to draw from.
         task: which classes and wordings.
-        template: see `ExampleOptions`, as are the arguments after `system_prompt`.
-        system_prompt: in place of the task's own; "" for none; None for the task's own.
-        too_long: `truncate` or `refuse` longer sequences.
-        eos_fill: end-of-text tokens after a response.
-        canvas_tokens: fill responses to this many tokens instead.
-        mask_prompt: whether noise may replace the prompt too.
-        shift_logits: the first token is never maskable.
-        progress: show a progress bar.
+        max_rows: take only the first so many; None for all.
 
     Raises:
-        DataError: some rows cannot be used.
         ValueError: an argument is out of range.
     """
-    options = ExampleOptions(
-        template, max_seq_len, too_long, eos_fill, canvas_tokens, mask_prompt, shift_logits, progress
-    )
-    pairs = generate_regex_pairs(num_pairs=num_pairs, seed=seed, split=split, task=task)
+    count = num_pairs if max_rows is None else min(num_pairs, max_rows)
+    pairs = generate_regex_pairs(num_pairs=count, seed=seed, split=split, task=task)
     rows = [Row(f"pair {number}", pair) for number, pair in enumerate(pairs, start=1)]
-    source = f"regex_pairs({task} task, {split}, seed {seed})"
-    return build_task(TASKS["nlrx"], tokenizer, rows, source=source, system_prompt=system_prompt, options=options)
+    return Examples(TASKS["nlrx"], rows, f"regex_pairs({task} task, {split}, seed {seed})")
+
+
+regex_pairs = join_builder(
+    "regex_pairs", "The built-in pairs, in the prompt of the nlrx task.", encode_examples, _generated_examples
+)

@@ -4,7 +4,8 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from dllm_jepa.evals._facts import described, differences, sha256_of
+from dllm_jepa.evals._results import differences
+from dllm_jepa.evals._task import described, sha256_of
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,345 @@
+"""The base class of all configs: typed keys, checked in one pass, with every problem in words."""
+
+import ast
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
+from pydantic.fields import FieldInfo
+
+from dllm_jepa.config._component import COMPONENT_PROBLEMS, UNSET
+from dllm_jepa.config._find import find_recipes
+from dllm_jepa.config._wording import Phrase, describe, shown, suggestion
+from dllm_jepa.errors import ConfigError
+
+Rule = Callable[..., Iterable[str]]
+"""A check across keys. Its parameters are named like the keys that it reads, and it is called when all of these are
+valid by themselves; a parameter `launch` is the `Launch`. It returns problem lines: key, value given, what is allowed,
+what to do."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The processes and GPUs of this run, as torchrun and torch tell them.
+
+    Args:
+        world_size: processes of the run.
+        local_world_size: processes on this machine.
+        num_gpus: CUDA GPUs that torch sees on this machine.
+    """
+
+    world_size: int = 1
+    local_world_size: int = 1
+    num_gpus: int = 0
+
+    @classmethod
+    def from_environment(cls) -> "Launch":
+        """Read torchrun's variables and count the GPUs."""
+        import torch  # seconds to import; `dllm-jepa ls` must not pay for it
+
+        return cls(
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            num_gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        )
+
+
+class MayChange:
+    """In an annotation: a resumed run may have another value, since the key does not decide what its steps compute."""
+
+
+class Verbatim:
+    """In an annotation: on the command line the value is taken as it is, but for `null`; other keys are read as yaml.
+
+    What people write freely has colons, hashes and equals signs.
+    """
+
+
+@dataclass(frozen=True)
+class Refused:
+    """In an annotation: words that a user may well try, why they are not offered, and what to take instead."""
+
+    words: tuple[str, ...]
+    reason: str
+
+
+Text = Annotated[str, StringConstraints(pattern=r"\S")]
+PathText = Annotated[Text, Phrase("a path")]
+
+NO_FP16 = Refused(
+    ("fp16", "float16", "half"),
+    "fp16 overflows without loss scaling, which these recipes do not do; bf16 takes the same memory and has the range "
+    "of fp32, so take bf16 or fp32",
+)
+Dtype = Annotated[Literal["fp32", "bf16"], NO_FP16]
+
+# What other frameworks call these keys, or where people look for them.
+_ELSEWHERE = {
+    "optimizer.lr": "lr learning_rate",
+    "optimizer.weight_decay": "weight_decay",
+    "optimizer._component_": "optim optimizer_type",
+    "lr_scheduler.warmup_ratio or lr_scheduler.num_warmup_steps": "warmup_ratio warmup_steps num_warmup_steps warmup",
+    "lr_scheduler": "scheduler lr_scheduler_type",
+    "global_batch_size (sequences per step, over all ranks) and tokens_per_device (tokens per micro-batch)": (
+        "batch_size per_device_train_batch_size train_batch_size micro_batch_size gradient_accumulation_steps"
+    ),
+    "compute_dtype": "bf16 fp16 precision mixed_precision",
+    "clip_grad_norm": "max_grad_norm grad_clip gradient_clip_val",
+    "epochs": "num_train_epochs num_epochs",
+    "max_steps": "max_steps_per_epoch num_steps total_steps",
+    "max_seq_len": "max_length max_seq_length cutoff_len",
+    "checkpoint.every_n_steps": "save_steps save_every save_every_n_steps save_interval",
+    "checkpoint.keep_last": "save_total_limit",
+    "log_every_n_steps": "logging_steps log_interval",
+    "metric_logger": "report_to logger wandb",
+    "enable_activation_checkpointing": "gradient_checkpointing activation_checkpointing",
+    "resume": "resume_from_checkpoint resume_from",
+    "checkpoint_dir": "model_name_or_path model_path pretrained_model_name_or_path",
+    "model.lora_rank": "lora_rank lora_r r",
+    "model.lora_alpha": "lora_alpha",
+    "target_encoder.ema_decay": "ema_decay tau momentum",
+    "view_sampler.context_ratio": "context_ratio mask_ratio",
+    "view_sampler.target_ratio": "target_ratio",
+    "predictor.num_layers": "num_layers predictor_layers",
+    "no key: evaluate with the recipe dllm_jepa_eval": "eval_steps eval_strategy evaluation_strategy",
+}
+_MEANT = {word: key for key, words in _ELSEWHERE.items() for word in words.split()}
+
+
+class Section(BaseModel):
+    """A group of keys inside a config."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, arbitrary_types_allowed=True
+    )
+
+
+class Config(Section):
+    """The keys of a recipe. A recipe declares a subclass in its own file and gets a checked instance of it.
+
+    A key is a field with a type, and if it has one a default:
+
+        smoothing: Annotated[float, Field(ge=0, lt=1, description="label smoothing")] = 0.1
+
+    Keys stand in the yaml, on the command line (`smoothing=0.3`), in messages and in the saved config.yaml.
+    """
+
+    rules: ClassVar[tuple[Rule, ...]] = ()
+    """Rules across keys; what they return stops a run."""
+
+    opens: ClassVar[tuple[Rule, ...]] = ()
+    """Rules that open files; called last, and only for a config without other problems."""
+
+    remarks: ClassVar[tuple[Rule, ...]] = ()
+    """Rules whose lines are shown as warnings."""
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _collect(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        """Keep every valid value, for the rules to read although other keys are not valid."""
+        result = handler(value)
+        if info.context is not None:
+            info.context[info.field_name] = result
+        return result
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any], launch: Launch | None = None, *, opening: bool = False) -> Self:
+        """A config of these values.
+
+        Args:
+            values: plain values by key, as yaml has them; `???` where one is not known.
+            launch: processes and GPUs to check the config against; None leaves these rules out.
+            opening: also open the files and folders that it names.
+
+        Raises:
+            ConfigError: with every problem, one per line.
+        """
+        result, lines = cls._checked(values, launch, opening)
+        if result is None or lines:
+            count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
+            raise ConfigError(f"the config has {count}:\n" + "\n".join(f"  - {line}" for line in lines))
+        return result
+
+    @classmethod
+    def problems(cls, values: Mapping[str, Any], launch: Launch | None = None, *, opening: bool = False) -> list[str]:
+        """Every problem of a config, one line each; arguments as of `check`."""
+        return cls._checked(values, launch, opening)[1]
+
+    def warnings(self, launch: Launch | None = None) -> list[str]:
+        """What a valid config should be warned about, one line each."""
+        return _call(self.remarks, {name: getattr(self, name) for name in type(self).model_fields}, launch)
+
+    def to_yaml(self) -> str:
+        """The config as yaml: given to a recipe again, it makes the same run."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def _checked(cls, values: Mapping[str, Any], launch: Launch | None, opening: bool) -> tuple[Self | None, list[str]]:
+        lines = [f"{key}: ??? must be set; write it into the yaml or give {key}=VALUE" for key in _unset(values)]
+        known = {name: value for name, value in values.items() if value != UNSET}
+        valid: dict[str, Any] = {}
+        result = None
+        try:
+            result = cls.model_validate_json(json.dumps(known, default=str), context=valid)
+        except ValidationError as error:
+            lines += _lines(cls, error, set(values) - set(known))
+        for name in {key.partition(".")[0] for key in _unset(values)}:
+            valid.pop(name, None)
+        lines += _call(cls.rules, valid, launch)
+        if opening and not lines:
+            lines += _call(cls.opens, valid, launch)
+        return result, lines
+
+
+def _call(rules: Iterable[Rule], valid: Mapping[str, Any], launch: Launch | None) -> list[str]:
+    """The lines of every rule whose keys are all there."""
+    known = dict(valid) if launch is None else {**valid, "launch": launch}
+    called = ((rule, list(inspect.signature(rule).parameters)) for rule in rules)
+    return [
+        line
+        for rule, names in called
+        if all(n in known for n in names)
+        for line in rule(**{n: known[n] for n in names})
+    ]
+
+
+def _unset(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The keys of all values that are `???`."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _unset(value, f"{prefix}{name}.")
+        elif value == UNSET:
+            yield f"{prefix}{name}"
+
+
+def _lines(cls: type[Config], error: ValidationError, unset: set[str]) -> Iterator[str]:
+    """What pydantic found, a line for every key."""
+    seen = set()
+    all_keys_said = False
+    for found in error.errors(include_url=False):
+        owner, names = _owner(cls, found["loc"])
+        key = ".".join(names)
+        if key in seen or names[0] in unset:
+            continue
+        seen.add(key)
+        if found["type"] == COMPONENT_PROBLEMS:
+            yield from (f"{key}{line}".replace("~KEY", f"~{key}") for line in found["ctx"]["lines"])
+        elif found["type"] == "extra_forbidden":
+            line = _unknown_key(owner, names, found["input"])
+            if not line.endswith("?") and not all_keys_said and ": unknown key" in line and "; " not in line:
+                line, all_keys_said = f"{line} The keys are: {', '.join(owner.model_fields)}", True
+            yield line
+        elif found["type"] == "missing":
+            yield f"{key}: missing{_meaning(owner, names[-1])}; give {_allowed(owner, names[-1])}"
+        else:
+            yield _wrong_value(owner, names, found["input"])
+
+
+def _owner(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
+    """The class that has a key, and the key's name after those of the sections around it."""
+    names = [str(location[0])]
+    field = cls.model_fields.get(names[0])
+    inner = None if field is None else field.annotation
+    if len(location) > 1 and isinstance(inner, type) and issubclass(inner, BaseModel):
+        owner, rest = _owner(inner, location[1:])
+        return owner, names + rest
+    return cls, names
+
+
+def _unknown_key(owner: type[BaseModel], names: list[str], value: object) -> str:
+    key, name = ".".join(names), names[-1]
+    if len(names) == 1 and name in _MEANT and _MEANT[name].partition(".")[0].partition(" ")[0] not in ("no", name):
+        return f"{key}: unknown key (value {shown(value)}); here it is {_MEANT[name]}"
+    if near := suggestion(name, owner.model_fields):
+        return f"{key}: unknown key (value {shown(value)}).{near}"
+    if len(names) == 1 and name in _MEANT:
+        return f"{key}: unknown key (value {shown(value)}); there is {_MEANT[name]}"
+    if len(names) == 1 and (recipes := _recipes_with(name)):
+        return f"{key}: a key of the recipe {', '.join(recipes)}, not of this one; remove it, or start that recipe"
+    return f"{key}: unknown key (value {shown(value)})."
+
+
+def _recipes_with(name: str) -> list[str]:
+    """The packaged recipes whose own config class has a key, read from their text: importing one takes seconds."""
+    found = []
+    for recipe, path in find_recipes().items():
+        classes = (node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef))
+        keys = {
+            line.target.id
+            for node in classes
+            if node.name == "Config"
+            for line in node.body
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+        }
+        found += [recipe] if name in keys else []
+    return found
+
+
+def _wrong_value(owner: type[BaseModel], names: list[str], value: object) -> str:
+    key, name = ".".join(names), names[-1]
+    for refused in marks(owner.model_fields[name], Refused):
+        if value in refused.words:
+            return f"{key}: {value} is not offered: {refused.reason}"
+    return f"{key}: {shown(value)} given, must be {_allowed(owner, name)}{_meaning(owner, name)}"
+
+
+def _allowed(owner: type[BaseModel], name: str) -> str:
+    field = owner.model_fields[name]
+    return describe(field.annotation, field.metadata)
+
+
+def _meaning(owner: type[BaseModel], name: str) -> str:
+    description = owner.model_fields[name].description
+    return f" ({description})" if description else ""
+
+
+def _metadata(field: FieldInfo) -> Iterator[Any]:
+    """Everything that the annotation of a field says besides its type, also inside `X | None`."""
+    yield from field.metadata
+    pending = [field.annotation]
+    while pending:
+        annotation = pending.pop()
+        yield from getattr(annotation, "__metadata__", ())
+        pending += [part for part in getattr(annotation, "__args__", ()) if not isinstance(part, str)]
+
+
+def has_mark(field: FieldInfo, mark: type) -> bool:
+    """Whether the annotation of a field has a mark such as `MayChange`."""
+    return any(entry is mark or isinstance(entry, mark) for entry in _metadata(field))
+
+
+def marks(field: FieldInfo, kind: type) -> list[Any]:
+    """The entries of a kind in the annotation of a field."""
+    return [entry for entry in _metadata(field) if isinstance(entry, kind)]
+
+
+def key_table(cls: type[Config]) -> str:
+    """The keys of a config class as a Markdown table."""
+    rows = ["| key | value | default | effect |", "|---|---|---|---|", *_rows(cls, "")]
+    return "\n".join(rows)
+
+
+def _rows(cls: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in cls.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _rows(field.annotation, f"{prefix}{name}.")
+            continue
+        default = "must be given" if field.is_required() else f"`{shown(field.get_default(call_default_factory=True))}`"
+        allowed = describe(field.annotation, field.metadata)
+        allowed = allowed.replace(
+            "a mapping with `_component_: package.builder` and its keyword arguments", "a component"
+        )
+        yield f"| `{prefix}{name}` | {allowed} | {default} | {field.description or ''} |"
