@@ -27,7 +27,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from dllm_jepa.errors import ConfigError, UserError
+from dllm_jepa.errors import ConfigError, LaunchError, UserError
 from dllm_jepa.evals.likelihood import conditional_log_likelihood
 from dllm_jepa.generation import Decoding, llada_decoding
 from dllm_jepa.models import BUILT_IN_TOKENIZER, FAMILIES, Tokenizer, find_tokenizer, known_tokenizers
@@ -385,9 +385,21 @@ def _before_first(stops: Sequence[str], text: str) -> str:
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
+def _check_words(words: Sequence[str]) -> None:
+    """Refuse a command line without a model or a task, for which the harness has a traceback."""
+    given = {word.partition("=")[0] for word in words}
+    if given & {"-h", "--help", "-C", "--config", "ls", "validate"}:
+        return
+    needed = {"--model_args checkpoint_dir=DIRECTORY": ("-a", "--model_"), "--tasks NAMES": ("-t", "--ta")}
+    missing = [what for what, options in needed.items() if not any(word.startswith(options) for word in given)]
+    if missing:
+        raise LaunchError(f"nothing to evaluate: add {' and '.join(missing)}")
+
+
 def main() -> None:
     """The command line of the harness, with our models; a `UserError` becomes one message and exit code 1."""
     try:
+        _check_words(sys.argv[1:])
         cli_evaluate()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,18 +2,22 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
+from dllm_jepa import cli
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.models import load_adapter, load_hf
+from dllm_jepa.models.tiny import tiny_tokenizer
 from dllm_jepa.models.tiny._tokenizer import TinyTokenizer
 from dllm_jepa.trained_model import open_model
 from tests.launching import SMALL_LORA, run_here
+from tests.training.small_checkpoints import forge
 
 CPU = torch.device("cpu")
 TOKENS = torch.tensor([[3, 8, 500, 17, 4, 9]])
@@ -82,15 +86,24 @@ def test_a_tokenizer_that_a_file_names_is_not_called_unless_it_is_ours(full_run:
     assert not isinstance(open_model(copy).tokenizer(), TinyTokenizer | str)  # that of the family
 
 
+@dataclass
+class TinyComponent:
+    """The built-in tokenizer, as a config names it."""
+
+    arguments: dict[str, Any]
+
+    def build(self, *args: Any, **kwargs: Any) -> Any:
+        return tiny_tokenizer(*args, **self.arguments, **kwargs)
+
+
 def test_the_tokenizer_that_a_config_names(full_run: Path, tmp_path: Path) -> None:
     source = open_model(full_run / "hf")
-    component = OmegaConf.create({"_component_": "dllm_jepa.models.tiny.tiny_tokenizer"})
-    assert isinstance(source.tokenizer(component), TinyTokenizer)
+    assert isinstance(source.tokenizer(TinyComponent({})), TinyTokenizer)
     with pytest.raises(CheckpointError, match="absent does not exist"):
-        source.tokenizer(OmegaConf.merge(component, {"path": str(tmp_path / "absent")}))
+        source.tokenizer(TinyComponent({"path": str(tmp_path / "absent")}))
     small = open_model("tests/assets/llada_tiny")  # scores 320 ids
     with pytest.raises(CheckpointError, match="scores 320 ids, but the tokenizer has ids up to 507"):
-        small.tokenizer(OmegaConf.merge(component, {"path": str(full_run / "hf")}))
+        small.tokenizer(TinyComponent({"path": str(full_run / "hf")}))
 
 
 def test_fingerprints_differ_where_weights_do(full_run: Path, lora_run: Path) -> None:
@@ -135,11 +148,82 @@ def test_what_is_no_model_is_one_message(full_run: Path, lora_run: Path, tmp_pat
             open_model(path, part="target")
 
 
+def test_a_base_that_has_moved(lora_run: Path, full_run: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(full_run / "hf", tmp_path / "moved")
+    adapter = Path(shutil.copytree(lora_run / "adapter", tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "gone/hf"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    state = Path(shutil.copytree(state_of(lora_run), tmp_path / "step_00000002"))
+    facts = json.loads((state / "state.json").read_text()) | {"base": str(tmp_path / "gone/hf")}
+    forge(state, **{"state.json": json.dumps(facts).encode()})
+    expected = logits(lora_run / "hf")
+    for path in (adapter, state):
+        with pytest.raises(CheckpointError, match="gone/hf"):
+            open_model(path)
+        source = open_model(path, base=moved)
+        assert torch.equal(source.load(torch.float32, CPU).token_logits(TOKENS).detach(), expected)
+        assert source.tokenizer_dir == moved
+        with pytest.raises(CheckpointError, match=r"trained on other weights than those of .*hf_target"):
+            open_model(path, base=full_run / "hf_target")
+    for path in (moved, state_of(full_run)):
+        with pytest.raises(CheckpointError, match="only adapters stand on a base"):
+            open_model(path, base=moved)
+
+
+def test_an_adapter_is_exported_merged(lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter, out = str(lora_run / "adapter"), tmp_path / "out"
+    cli.main(["export", adapter, str(out), "--merged"])
+    assert (out / "README.md").read_text() == (lora_run / "adapter/README.md").read_text()
+    for file in (lora_run / "hf").iterdir():
+        if file.name != "README.md":
+            assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+    for words, message in (
+        ([], "is an adapter already: add --merged"),
+        (["--merged", "--part", "target"], "only training states have a part 'target'"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["export", adapter, str(tmp_path / "other"), *words])
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_stands_for_its_newest_training_state(
+    full_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["export", str(full_run), str(tmp_path / "out")])
+    name = "model-00001-of-00001.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (full_run / "hf" / name).read_bytes()
+    elsewhere = tmp_path / "states"  # as with checkpoint.directory
+    shutil.copytree(full_run / "checkpoints", elsewhere, symlinks=True)
+    (tmp_path / "run").mkdir()
+    status = json.loads((full_run / "status.json").read_text()) | {"checkpoint": str(elsewhere / "step_00000002")}
+    (tmp_path / "run/status.json").write_text(json.dumps(status))
+    for path in (full_run, full_run / "checkpoints", full_run / "checkpoints/latest", tmp_path / "run"):
+        cli.main(["checkpoints", str(path)])
+        lines = [line.split() for line in capsys.readouterr().out.splitlines() if "STEP" not in line]
+        assert [(words[0], words[-1]) for words in lines if words[0] != "wrote"] == [("2", "verified")], path
+
+
+def test_the_prompt_format_of_the_training(full_run: Path, lora_run: Path, tmp_path: Path) -> None:
+    prompt = {"template": "chat", "system_prompt": "Be short."}
+    adapter = Path(shutil.copytree(lora_run / "adapter", tmp_path / "adapter"))
+    (adapter / "dllm_jepa.json").write_text(json.dumps({"prompt": prompt}))
+    state = Path(shutil.copytree(state_of(full_run), tmp_path / "step_00000002"))
+    facts = json.loads((state / "state.json").read_text())
+    forge(state, **{"state.json": json.dumps(facts | {"prompt": prompt}).encode()})
+    cli.main(["export", str(state), str(tmp_path / "hf")])
+    cli.main(["export", str(adapter), str(tmp_path / "merged"), "--merged"])
+    for path in (adapter, state, tmp_path / "hf", tmp_path / "merged"):
+        assert open_model(path).prompt == prompt, path
+    forge(state, **{"state.json": json.dumps(facts | {"prompt": "chat"}).encode()})
+    with pytest.raises(CheckpointError, match=r"state\.json: prompt is 'chat'; it must be an object with template"):
+        open_model(state)
+
+
 def test_an_adapter_on_itself(lora_run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(lora_run / "adapter", tmp_path / "adapter")
     config = json.loads((copy / "adapter_config.json").read_text())
     (copy / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(copy)}))
-    with pytest.raises(CheckpointError, match="no config.json"):
+    with pytest.raises(CheckpointError, match="is an adapter, without the weights of its base"):
         open_model(copy)
 
 

@@ -20,7 +20,8 @@ class Family:
     Args:
         builder: builder that takes the sizes as arguments.
         hf_names: published weight name of every parameter, by our name.
-        sizes: sizes from a published config.json; raises KeyError for a missing key.
+        sizes: sizes from a published config.json; raises KeyError for a missing key, ValueError for a value that it
+            cannot take.
         config: published config.json from sizes.
         tokenizer: dotted path of the function that makes the tokenizer of a checkpoint directory.
         decoding: dotted path of the builder of its decoding. A path, because `models` cannot import `generation`.

@@ -166,6 +166,29 @@ def test_the_command_line(
         run("--model_args", f"checkpoint_dir={task_folder / 'none'}", "--device", "cpu")
     assert stopped.value.code == 1
     assert f"error: checkpoint directory {task_folder / 'none'} does not exist" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--model_args", "device=cpu")
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith("error: no model given: add --model_args checkpoint_dir=")
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        ([], "--model_args checkpoint_dir=DIRECTORY and --tasks NAMES"),
+        (["--tasks", "gsm8k"], "--model_args checkpoint_dir=DIRECTORY"),
+        (["--model_args", "checkpoint_dir=hf"], "--tasks NAMES"),
+    ],
+)
+def test_a_command_line_without_model_or_task_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], missing: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "--model", "dllm_jepa", *words])
+    with pytest.raises(SystemExit) as stopped:
+        lm_eval_adapter.main()
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == f"error: nothing to evaluate: add {missing}\n"
 
 
 @pytest.mark.parametrize("checkpoint", ["llada", "dream"], indirect=True)

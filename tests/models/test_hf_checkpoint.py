@@ -220,7 +220,7 @@ def test_rope_theta_where_transformers_5_writes_it() -> None:
             ({"rope_theta": 99.0, "rope_parameters": rope}, "rope_theta is 99.0, and 1234.0 in rope_parameters"),
             ({"rope_parameters": [rope]}, "rope_parameters is .*must be an object"),
         ):
-            with pytest.raises(CheckpointError, match=message):
+            with pytest.raises(ValueError, match=message):
                 sizes_of(family, **changes)
 
 
@@ -232,7 +232,7 @@ def test_rope_theta_where_transformers_5_writes_it() -> None:
         (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON: line 1"),
         (lambda d: edit(d, model_type="llama"), "model_type is 'llama'; known: Dream, llada"),
         (lambda d: edit(d, n_layers=None), "config.json has no key 'n_layers', which llada needs"),
-        (lambda d: edit(d, n_layers="4"), "n_layers is '4'; it must be a whole number of at least 1"),
+        (lambda d: edit(d, n_layers="4"), "config.json: n_layers is '4'; it must be a whole number of at least 1"),
         (lambda d: edit(d, rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5'; it must be a number above 0"),
         (lambda d: edit(d, weight_tying="no"), "weight_tying is 'no'; it must be true or false"),
         (lambda d: edit(d, num_experts=8), "num_experts is 8: this is a mixture of experts"),

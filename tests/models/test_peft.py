@@ -46,12 +46,6 @@ families = pytest.mark.parametrize("family", ["llada", "dream"])
 kinds = pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 
 
-@pytest.fixture(autouse=True)
-def no_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT stops at the sight of a torchao older than it likes, though no weight here is one of torchao's."""
-    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
-
-
 class Norm(nn.Module):
     def __init__(self, eps: float) -> None:
         super().__init__()

@@ -48,7 +48,7 @@ def dream_sizes(config: dict[str, Any]) -> TransformerSizes:
 
     Raises:
         KeyError: if a key is missing.
-        CheckpointError: if a key asks for an architecture that is not Dream's, or its value is of the wrong kind.
+        ValueError: if a key asks for an architecture that is not Dream's, or its value is of the wrong kind.
     """
     check_values(config, _ALLOWED, "Dream")
     num_heads = whole_number(config, "num_attention_heads")

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dllm_jepa.errors import CheckpointError
-
 
 def check_values(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], family: str) -> None:
     """Refuse a config.json that asks for an architecture other than the family's.
@@ -16,16 +14,16 @@ def check_values(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...
         family: name of the family, for the message.
 
     Raises:
-        CheckpointError: at the first key with another value.
+        ValueError: at the first key with another value.
     """
     if num_experts := config.get("num_experts"):
-        raise CheckpointError(
-            f"config.json: num_experts is {num_experts!r}: this is a mixture of experts (such as LLaDA-MoE), and only "
+        raise ValueError(
+            f"num_experts is {num_experts!r}: this is a mixture of experts (such as LLaDA-MoE), and only "
             "dense models are supported"
         )
     for key, values in allowed.items():
         if key in config and config[key] not in values:
-            raise CheckpointError(f"config.json: {key} is {config[key]!r}; {family} backbones have {values[0]!r}")
+            raise ValueError(f"{key} is {config[key]!r}; {family} backbones have {values[0]!r}")
 
 
 def whole_number(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -38,13 +36,13 @@ def whole_number(config: Mapping[str, Any], key: str, default: int | None = None
 
     Raises:
         KeyError: if there is neither a value nor a default.
-        CheckpointError: if the value is not a whole number of at least 1.
+        ValueError: if the value is not a whole number of at least 1.
     """
     if default is not None and config.get(key) is None:
         return default
     value = config[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: {key} is {value!r}; it must be a whole number of at least 1")
+        raise ValueError(f"{key} is {value!r}; it must be a whole number of at least 1")
     return value
 
 
@@ -52,7 +50,7 @@ def positive_number(config: Mapping[str, Any], key: str) -> float:
     """A number above 0; errors as of `whole_number`."""
     value = config[key]
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise CheckpointError(f"config.json: {key} is {value!r}; it must be a number above 0")
+        raise ValueError(f"{key} is {value!r}; it must be a number above 0")
     return value
 
 
@@ -62,7 +60,7 @@ def flag(config: Mapping[str, Any], key: str, default: bool | None = None) -> bo
         return default
     value = config[key]
     if not isinstance(value, bool):
-        raise CheckpointError(f"config.json: {key} is {value!r}; it must be true or false")
+        raise ValueError(f"{key} is {value!r}; it must be true or false")
     return value
 
 
@@ -71,22 +69,20 @@ def rope_base(config: Mapping[str, Any]) -> float:
 
     Raises:
         KeyError: if neither has it.
-        CheckpointError: if positions are scaled (YaRN and the like), or the two contradict each other.
+        ValueError: if positions are scaled (YaRN and the like), or the two contradict each other.
     """
     parameters = config.get("rope_parameters") or {}
     if not isinstance(parameters, dict):
-        raise CheckpointError(f"config.json: rope_parameters is {parameters!r}; it must be an object")
+        raise ValueError(f"rope_parameters is {parameters!r}; it must be an object")
     if (scaling := config.get("rope_scaling")) is not None:
-        raise CheckpointError(f"config.json: rope_scaling is {scaling!r}; scaled positions are not supported")
+        raise ValueError(f"rope_scaling is {scaling!r}; scaled positions are not supported")
     if (kind := parameters.get("rope_type", "default")) != "default":
-        raise CheckpointError(
-            f"config.json: rope_type in rope_parameters is {kind!r}; scaled positions are not supported"
-        )
+        raise ValueError(f"rope_type in rope_parameters is {kind!r}; scaled positions are not supported")
     if "rope_theta" not in parameters:
         return positive_number(config, "rope_theta")
     base = positive_number(parameters, "rope_theta")
     if config.get("rope_theta", base) != base:
-        raise CheckpointError(
-            f"config.json: rope_theta is {config['rope_theta']!r}, and {base!r} in rope_parameters: which one is right?"
+        raise ValueError(
+            f"rope_theta is {config['rope_theta']!r}, and {base!r} in rope_parameters: which one is right?"
         )
     return base

@@ -50,7 +50,7 @@ def llada_sizes(config: dict[str, Any]) -> TransformerSizes:
 
     Raises:
         KeyError: if a key is missing.
-        CheckpointError: if a key asks for an architecture that is not LLaDA's, or its value is of the wrong kind.
+        ValueError: if a key asks for an architecture that is not LLaDA's, or its value is of the wrong kind.
     """
     check_values(config, _ALLOWED, "LLaDA")
     # Null and absent mean what the published LLaDAConfig makes of them.
