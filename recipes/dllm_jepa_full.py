@@ -218,6 +218,8 @@ class DLLMJEPAFullRecipe:
             compiles=cfg.compile,
         )
         self.cleanup.callback(self.log.close)
+        if warning := training.warmup_warning(self.lr_scheduler, num_steps=self.num_steps):
+            self.log.say(f"warning: {warning}")
         self.log.say(choose_packed_attention(self.model, self.ranks.device, self.compute_dtype))
         if metric_logger is not None:
             metric_logger.log_config(cfg)
@@ -236,6 +238,7 @@ class DLLMJEPAFullRecipe:
     def train(self) -> None:
         """The loop."""
         cfg = self.cfg
+        self.signals.defer()
         for step in self.log.steps():
             self.ranks.seed(cfg.seed, step)  # for dropout and stochastic rounding; views have seeds of their own
             # 1. Views: two maskings of the same sequences, for every micro-batch of this step
