@@ -200,8 +200,6 @@ class DLLMJEPARecipe:
         if cfg.lr_scheduler is not None:
             self.lr_scheduler = cfg.lr_scheduler.build(self.optimizer, num_training_steps=self.num_steps)
         self.setup_run(metric_logger, changes)
-        if (line := training.warmup_warning(self.lr_scheduler, num_steps=self.num_steps)) is not None:
-            self.log.say(f"warning: {line}")
 
     def setup_batches(self) -> tuple[SequenceDataset, TrainingBatches, int]:
         """Tokenize the dataset and plan its batches; returns both, and the steps of an epoch."""
@@ -300,6 +298,8 @@ class DLLMJEPARecipe:
             compiles=cfg.compile,
         )
         self.cleanup.callback(self.log.close)
+        if warning := training.warmup_warning(self.lr_scheduler, num_steps=self.num_steps):
+            self.log.say(f"warning: {warning}")
         self.log.say(choose_packed_attention(self.model, self.ranks.device, self.compute_dtype))
         if metric_logger is not None:
             metric_logger.log_config(OmegaConf.create(cfg.model_dump()))
@@ -318,6 +318,7 @@ class DLLMJEPARecipe:
     def train(self) -> None:
         """The loop."""
         cfg = self.cfg
+        self.signals.defer()  # from here on a signal waits for the end of the step, and the state is saved
         for step in self.log.steps():
             self.ranks.seed(cfg.seed, step)  # for dropout and stochastic rounding; views have seeds of their own
             # 1. Views: two maskings of the same sequences, for every micro-batch of this step

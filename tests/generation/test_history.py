@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_jepa.generation import CanvasHistory, Decoding, llada_decoding
+from dllm_jepa.generation import Decoding, llada_decoding
+from dllm_jepa.generation.show import CanvasHistory
 
 MASK, PAD, END, VOCAB = 0, 9, 8, 12
 
