@@ -19,8 +19,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torchtune.config import instantiate
-from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.training import compile_model, set_activation_checkpointing
 
 from dllm_jepa import config, training
 from dllm_jepa.data import BatchPlan, MicroBatch, PrefetchedBatches, TrainingBatches, total_counts
@@ -151,10 +149,9 @@ class DLLMJEPAFullRecipe:
         """Wrap, shard and fill the online model."""
         cfg = self.cfg
         if cfg.compile:
-            compile_model(self.model.backbone, verbose=False)
-            self.model.compile_loss()
+            self.model.compile_layers()
         if cfg.enable_activation_checkpointing:
-            set_activation_checkpointing(self.model, auto_wrap_policy={TransformerSelfAttentionLayer})
+            self.model.checkpoint_layers()
         training.shard(self.model, self.model.units, self.ranks, self.compute_dtype, kept=self.model.scorer)
         source = self.origin or InitialWeights(self.model, seed=cfg.seed, num_layers=self.model.sizes.num_layers)
         training.materialize(self.model, source.read, dtype=DTYPES[cfg.dtype], device=self.ranks.device)
@@ -167,7 +164,7 @@ class DLLMJEPAFullRecipe:
         if self.cfg.target_encoder.get("float8"):
             use_float8(backbone)
         if self.cfg.compile:
-            compile_model(backbone, verbose=False)
+            backbone.compile_layers()
         training.shard(backbone, [*backbone.layers], self.ranks, self.compute_dtype)
         dtype = DTYPES[self.cfg.target_encoder.get("dtype", "fp32")]
         training.materialize(backbone, None, dtype=dtype, device=self.ranks.device)

@@ -19,8 +19,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torchtune.config import instantiate
-from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.training import compile_model, set_activation_checkpointing
 
 from dllm_jepa import config, training
 from dllm_jepa.data import BatchPlan, MicroBatch, PrefetchedBatches, TrainingBatches, total_counts
@@ -152,10 +150,9 @@ class DLLMJEPALoRARecipe:
         """Wrap, shard and fill the online model: the base in the compute type or NF4, adapters that change nothing."""
         cfg = self.cfg
         if cfg.compile:
-            compile_model(self.model.backbone, verbose=False)
-            self.model.compile_loss()
+            self.model.compile_layers()
         if cfg.enable_activation_checkpointing:
-            set_activation_checkpointing(self.model, auto_wrap_policy={TransformerSelfAttentionLayer})
+            self.model.checkpoint_layers()
         training.shard(self.model, self.model.units, self.ranks, self.compute_dtype, kept=self.model.scorer)
         self.base = self.origin or InitialWeights(self.model, seed=cfg.seed, num_layers=self.model.sizes.num_layers)
         source = LoRAWeights(self.model, self.base, seed=cfg.seed, dtype=self.compute_dtype)

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM, TransformerSizes
+from dllm_jepa.models._layers import TransformerSizes
+from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
 from dllm_jepa.models.dream._component_builders import dream
 from dllm_jepa.models.dream._convert_weights import dream_config, dream_hf_names, dream_sizes
 from dllm_jepa.models.llada._component_builders import llada

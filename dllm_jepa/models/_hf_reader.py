@@ -11,8 +11,9 @@ from torch import Tensor
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.models._families import FAMILIES
 from dllm_jepa.models._json import read_json_object
+from dllm_jepa.models._layers import TransformerSizes, init_rope
 from dllm_jepa.models._lora import is_adapter
-from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM, TransformerSizes, init_rope
+from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
 
 INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dllm_jepa.models._families import FAMILIES
 from dllm_jepa.models._hf_writer import SHARD_BYTES, save_hf
-from dllm_jepa.models._lora_settings import LoRASettings
+from dllm_jepa.models._lora import LoRASettings
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
 from dllm_jepa.models._tokenizer import Tokenizer
 

@@ -21,8 +21,7 @@ from dllm_jepa.models._export_directory import export_directory
 from dllm_jepa.models._families import FAMILIES
 from dllm_jepa.models._hf_reader import HFCheckpoint, load_hf
 from dllm_jepa.models._json import read_json_object
-from dllm_jepa.models._lora import adapted_modules, add_lora, is_adapter
-from dllm_jepa.models._lora_settings import LoRASettings
+from dllm_jepa.models._lora import LoRASettings, adapted_modules, add_lora, is_adapter
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
 from dllm_jepa.models._merge import merged_weights
 from dllm_jepa.models._tokenizer import Tokenizer

@@ -3,7 +3,7 @@
 from typing import Any
 
 from dllm_jepa.errors import CheckpointError
-from dllm_jepa.models._masked_diffusion_lm import TransformerSizes
+from dllm_jepa.models._layers import TransformerSizes
 
 # The context the authors document; max_position_embeddings promises more than the model was trained on.
 _DOCUMENTED_CONTEXT = 2048

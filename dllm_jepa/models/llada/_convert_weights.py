@@ -3,7 +3,7 @@
 from typing import Any
 
 from dllm_jepa.errors import CheckpointError
-from dllm_jepa.models._masked_diffusion_lm import TransformerSizes
+from dllm_jepa.models._layers import TransformerSizes
 
 _LAYER_NAMES = {
     "attn.q_proj.weight": "q_proj.weight",
