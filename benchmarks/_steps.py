@@ -13,8 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.training import compile_model, set_activation_checkpointing
 
 from dllm_jepa.data import BatchPlan, MicroBatch, TrainingBatches
 from dllm_jepa.jepa import (
@@ -196,10 +194,9 @@ class Trainer:
     def _online(self, compiled: bool, checkpointing: bool) -> MaskedDiffusionLM:
         model = around_the_same_weights(self.model)
         if compiled:
-            compile_model(model.backbone, verbose=False)
-            model.compile_loss()
+            model.compile_layers()
         if checkpointing:
-            set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+            model.checkpoint_layers()
         choose_packed_attention(model, self.device, self.compute_dtype)
         return model
 
@@ -208,7 +205,7 @@ class Trainer:
         if float8:
             use_float8(backbone)
         if compiled:
-            compile_model(backbone, verbose=False)
+            backbone.compile_layers()
         choose_packed_attention(backbone, self.device, self.compute_dtype)
         return ema_target_encoder(backbone, dtype=self.setting.dtype, float8=float8)
 

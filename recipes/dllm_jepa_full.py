@@ -25,8 +25,6 @@ import torch
 from omegaconf import OmegaConf
 from pydantic import Field
 from torch import Tensor, nn
-from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.training import compile_model, set_activation_checkpointing
 
 from dllm_jepa import config, jepa, preflight, training
 from dllm_jepa.data import BatchPlan, MicroBatch, PrefetchedBatches, SequenceDataset, TrainingBatches, total_counts
@@ -237,10 +235,9 @@ class DLLMJEPARecipe:
         """Wrap, shard and fill the online model; a frozen base is stored in the compute type or in NF4."""
         cfg = self.cfg
         if cfg.compile:
-            compile_model(self.model.backbone, verbose=False)
-            self.model.compile_loss()
+            self.model.compile_layers()
         if cfg.enable_activation_checkpointing:
-            set_activation_checkpointing(self.model, auto_wrap_policy={TransformerSelfAttentionLayer})
+            self.model.checkpoint_layers()
         training.shard(self.model, self.model.units, self.ranks, self.compute_dtype, kept=self.model.scorer)
         first = self.base
         if self.model.lora is not None:
@@ -261,7 +258,7 @@ class DLLMJEPARecipe:
         if float8:
             use_float8(backbone)
         if self.cfg.compile:
-            compile_model(backbone, verbose=False)
+            backbone.compile_layers()
         training.shard(backbone, [*backbone.layers], self.ranks, self.compute_dtype)
         training.materialize(backbone, None, dtype=DTYPES[dtype], device=self.ranks.device)
         init_rope(backbone)

@@ -20,8 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.training import set_activation_checkpointing
 
 from dllm_jepa.jepa import GlobalCounts, ViewSampler, jepa_loss, masked_token_weights, pool
 from dllm_jepa.memory._live_storages import LiveStorages
@@ -115,7 +113,7 @@ def micro_batch_peak(cfg: Any, num_gpus: int, *, with_logits: bool) -> int:
             _run_like_cuda(model.backbone, compute_dtype)
             _run_like_cuda(target.backbone, compute_dtype)
         if cfg.enable_activation_checkpointing:
-            set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+            model.checkpoint_layers()
         shape = (1, sum(lengths)) if cfg.packed else (number, length)
         batch = _Batch(
             tokens=torch.zeros(shape, dtype=torch.int64),

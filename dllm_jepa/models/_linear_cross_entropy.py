@@ -45,9 +45,9 @@ class Head(nn.Linear):
     def __init__(self, embed_dim: int, vocab_size: int) -> None:
         super().__init__(embed_dim, vocab_size, bias=False)
 
-    def cross_entropy(self, hidden: Tensor, **targets: Any) -> TokenLosses:
-        """`linear_cross_entropy` with the weight of the head, which takes the other arguments."""
-        return linear_cross_entropy(hidden, self.weight, **targets)
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, token_weights: Tensor, **options: Any) -> TokenLosses:
+        """`linear_cross_entropy` with the weight of the head."""
+        return linear_cross_entropy(hidden, self.weight, labels, token_weights, **options)
 
 
 def chunk_loss(logits: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def chunk_loss(logits: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
 
 
 def compiled_chunk_loss() -> ChunkLoss:
-    """`chunk_loss`, compiled for any number of tokens, with the backend of torchtune's `compile_model`."""
+    """`chunk_loss`, compiled for any number of tokens, with the backend of `Backbone.compile_layers`."""
     backend = os.environ.get("TORCH_COMPILE_BACKEND", "inductor")
     compiled: ChunkLoss = torch.compile(chunk_loss, dynamic=True, fullgraph=True, backend=backend)
     return compiled

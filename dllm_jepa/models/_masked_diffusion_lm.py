@@ -3,16 +3,17 @@
 Shape legend: B rows, T tokens of a row, D hidden, V vocabulary, n positions to score.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchtune.modules import FeedForward, TransformerSelfAttentionLayer
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from dllm_jepa.errors import ConfigError
-from dllm_jepa.models._attention import AttentionMask, BidirectionalAttention, CastRMSNorm, RotaryEmbedding
+from dllm_jepa.models._layers import AttentionMask, RMSNorm, RotaryEmbedding, TransformerLayer, TransformerSizes
 from dllm_jepa.models._linear_cross_entropy import (
     ChunkLoss,
     Head,
@@ -21,54 +22,10 @@ from dllm_jepa.models._linear_cross_entropy import (
     compiled_chunk_loss,
     linear_cross_entropy,
 )
-from dllm_jepa.models._lora_settings import LoRASettings
 from dllm_jepa.packing import PackedSequences
 
-
-@dataclass(frozen=True)
-class TransformerSizes:
-    """Numbers that fix an architecture.
-
-    Args:
-        vocab_size: rows of the embedding, ids without a token included.
-        embed_dim: hidden size D.
-        num_layers: transformer layers.
-        num_heads: query heads.
-        num_kv_heads: key/value heads; a divisor of `num_heads`.
-        mlp_dim: width of the feed-forward layer.
-        max_seq_len: longest sequence in tokens.
-        rope_base: base of the rotary frequencies.
-        norm_eps: epsilon of the RMSNorms.
-        tie_embeddings: the head reuses the embedding.
-    """
-
-    vocab_size: int
-    embed_dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    mlp_dim: int
-    max_seq_len: int
-    rope_base: float
-    norm_eps: float
-    tie_embeddings: bool = False
-
-    def __post_init__(self) -> None:
-        """Check that the sizes fit each other.
-
-        Raises:
-            ValueError: naming the two sizes that do not fit.
-        """
-        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.embed_dim % self.num_heads or (self.embed_dim // self.num_heads) % 2:
-            raise ValueError(
-                f"embed_dim ({self.embed_dim}) must be an even multiple of num_heads ({self.num_heads}): "
-                "rotary embeddings rotate pairs"
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+if TYPE_CHECKING:
+    from dllm_jepa.models._lora import LoRASettings
 
 
 class Backbone(nn.Module):
@@ -79,8 +36,8 @@ class Backbone(nn.Module):
         self.max_seq_len = sizes.max_seq_len
         rope = RotaryEmbedding(sizes.embed_dim // sizes.num_heads, sizes.max_seq_len, sizes.rope_base)
         self.tok_embeddings = nn.Embedding(sizes.vocab_size, sizes.embed_dim)
-        self.layers = nn.ModuleList(_build_layer(sizes, rope, attn_bias) for _ in range(sizes.num_layers))
-        self.norm = CastRMSNorm(sizes.embed_dim, eps=sizes.norm_eps)
+        self.layers = nn.ModuleList(TransformerLayer(sizes, rope, attn_bias=attn_bias) for _ in range(sizes.num_layers))
+        self.norm = RMSNorm(sizes.embed_dim, eps=sizes.norm_eps)
 
     def forward(
         self,
@@ -116,6 +73,16 @@ class Backbone(nn.Module):
         hidden = last(hidden, mask=mask, input_pos=input_pos, hidden_at=hidden_at)
         normed: Tensor = self.norm(hidden)
         return normed
+
+    def compile_layers(self) -> None:
+        """Compile every layer, with the backend that the environment variable TORCH_COMPILE_BACKEND names."""
+        for layer in self.layers:
+            layer.compile(backend=os.environ.get("TORCH_COMPILE_BACKEND", "inductor"))
+
+    def checkpoint_layers(self) -> None:
+        """Keep only the inputs of every layer for the backward pass, which computes the rest again; compile before."""
+        for number, layer in enumerate(self.layers):
+            self.layers[number] = checkpoint_wrapper(layer)
 
 
 class MaskedDiffusionLM(nn.Module):
@@ -191,11 +158,10 @@ class MaskedDiffusionLM(nn.Module):
             The weighted sum, with gradient, and the loss of every token.
         """
         scored = self.scored_from(hidden, positions, attention_mask)
-        targets = {"labels": labels, "token_weights": token_weights, "chunk_tokens": chunk_tokens}
+        options: Any = {"chunk_tokens": chunk_tokens, "chunk_loss": self._chunk_loss}
         if self.head is None:
-            weight = self.backbone.tok_embeddings.weight
-            return linear_cross_entropy(scored, weight, chunk_loss=self._chunk_loss, **targets)
-        return self.head.cross_entropy(scored, chunk_loss=self._chunk_loss, **targets)
+            return linear_cross_entropy(scored, self.backbone.tok_embeddings.weight, labels, token_weights, **options)
+        return self.head.cross_entropy(scored, labels, token_weights, **options)
 
     def logits(self, hidden: Tensor, positions: Tensor, *, attention_mask: AttentionMask = None) -> Tensor:
         """Logits [n, V] of some tokens; arguments as of `score`."""
@@ -273,71 +239,14 @@ class MaskedDiffusionLM(nn.Module):
         """The module whose weights score tokens: the head or, with tied embeddings, the model itself."""
         return self if self.head is None else self.head
 
-    def compile_loss(self) -> None:
-        """Compile what turns logits into losses and their gradient, as `compile_model` of torchtune does the layers."""
+    def compile_layers(self) -> None:
+        """Compile every layer of the backbone, and what turns logits into losses and their gradient."""
+        self.backbone.compile_layers()
         self._chunk_loss = compiled_chunk_loss()
 
-
-def init_rope(module: nn.Module) -> None:
-    """Compute the rotary tables anew on the device they are on, in fp32.
-
-    They are no weights: a module built on the meta device, or cast to another type, needs this call.
-    """
-    for submodule in module.modules():
-        if isinstance(submodule, RotaryEmbedding):
-            submodule.reset()
-
-
-class _Layer(TransformerSelfAttentionLayer):
-    """A layer that is compiled for any number of rows and tokens: in training nearly every batch has its own."""
-
-    is_compiled = False
-
-    def forward(  # type: ignore[override]  # the mask may be more than a tensor, and some tokens left out
-        self,
-        x: Tensor,
-        *,
-        mask: AttentionMask = None,
-        input_pos: Tensor | None = None,
-        hidden_at: Tensor | None = None,
-    ) -> Tensor:
-        """Attention and feed-forward, each added to its input: [B, T, D], or [1, m, D] of the tokens at `hidden_at`."""
-        normed = self.sa_norm(x)
-        hidden = x + self.attn(normed, normed, mask=mask, input_pos=input_pos)
-        if hidden_at is not None:
-            hidden = hidden.flatten(0, 1).index_select(0, hidden_at).unsqueeze(0)
-        updated: Tensor = hidden + self.mlp(self.mlp_norm(hidden))
-        return updated
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        super().compile(*args, **{"dynamic": True, **kwargs})
-        self.is_compiled = True
-
-
-def _build_layer(sizes: TransformerSizes, rope: RotaryEmbedding, attn_bias: bool) -> TransformerSelfAttentionLayer:
-    dim, head_dim = sizes.embed_dim, sizes.embed_dim // sizes.num_heads
-    kv_dim = sizes.num_kv_heads * head_dim
-    attn = BidirectionalAttention(
-        embed_dim=dim,
-        num_heads=sizes.num_heads,
-        num_kv_heads=sizes.num_kv_heads,
-        head_dim=head_dim,
-        q_proj=nn.Linear(dim, dim, bias=attn_bias),
-        k_proj=nn.Linear(dim, kv_dim, bias=attn_bias),
-        v_proj=nn.Linear(dim, kv_dim, bias=attn_bias),
-        output_proj=nn.Linear(dim, dim, bias=False),
-        pos_embeddings=rope,
-        max_seq_len=sizes.max_seq_len,
-        is_causal=False,
-    )
-    mlp = FeedForward(
-        gate_proj=nn.Linear(dim, sizes.mlp_dim, bias=False),
-        down_proj=nn.Linear(sizes.mlp_dim, dim, bias=False),
-        up_proj=nn.Linear(dim, sizes.mlp_dim, bias=False),
-    )
-    return _Layer(
-        attn, mlp, sa_norm=CastRMSNorm(dim, eps=sizes.norm_eps), mlp_norm=CastRMSNorm(dim, eps=sizes.norm_eps)
-    )
+    def checkpoint_layers(self) -> None:
+        """See `Backbone.checkpoint_layers`."""
+        self.backbone.checkpoint_layers()
 
 
 def _packed_positions(packing: PackedSequences, num_tokens: int) -> Tensor:

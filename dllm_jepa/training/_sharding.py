@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
-from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dllm_jepa.errors import LaunchError
 from dllm_jepa.training._ranks import Ranks
@@ -132,9 +132,9 @@ def full_tensor(value: Tensor) -> Tensor:
 
 def _check_quantized(module: nn.Module, num_ranks: int) -> None:
     for name, param in module.named_parameters():
-        if not isinstance(param.data, NF4Tensor):
+        if not _is_quantized(param):
             continue
-        block = param.data.block_size * param.data.scaler_block_size
+        block = param.block_size * param.scaler_block_size  # type: ignore[attr-defined]
         if param.size(0) % num_ranks or param.numel() % (block * num_ranks):
             raise LaunchError(
                 f"{name} has {param.size(0)} rows and {param.numel()} weights, and {num_ranks} ranks can share a "
@@ -143,10 +143,15 @@ def _check_quantized(module: nn.Module, num_ranks: int) -> None:
             )
 
 
+def _is_quantized(weight: Tensor) -> bool:
+    """Whether the rows that a rank holds are in NF4, a tensor made of others."""
+    return is_traceable_wrapper_subclass(weight)
+
+
 def _filled(param: Tensor, name: str, read: ReadWeight | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for a parameter on the meta device, filled; sharded as it is."""
     own = param.to_local() if isinstance(param, DTensor) else param.detach()
-    if isinstance(own, NF4Tensor):
+    if _is_quantized(own):
         if read is None:
             raise ValueError(f"{name} is quantized: it cannot be filled later")
         own = _quantized_rows(param, read(name, None).to(device, dtype))
@@ -162,6 +167,8 @@ def _filled(param: Tensor, name: str, read: ReadWeight | None, dtype: torch.dtyp
 
 
 def _quantized_rows(param: Tensor, weight: Tensor) -> Tensor:
+    from torchao.dtypes.nf4tensor import to_nf4  # takes longer to import than torch
+
     quantized: Tensor = to_nf4(weight)
     if not isinstance(param, DTensor):
         return quantized

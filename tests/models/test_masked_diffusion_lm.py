@@ -188,7 +188,7 @@ def test_a_compiled_loss_is_the_same(tied: bool, monkeypatch: pytest.MonkeyPatch
     tokens = torch.randint(0, 50, (2, 6))
     eager = model.score(model(tokens), **asked())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
-    model.compile_loss()
+    model.compile_layers()
     compiled = model.score(model(tokens), **asked())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     torch.testing.assert_close(compiled.per_token, eager.per_token)
