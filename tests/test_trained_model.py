@@ -2,18 +2,16 @@
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from dllm_jepa import cli
+from dllm_jepa.config import Component
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.models import load_adapter, load_hf
-from dllm_jepa.models.tiny import tiny_tokenizer
 from dllm_jepa.models.tiny._tokenizer import TinyTokenizer
 from dllm_jepa.trained_model import open_model
 from tests.launching import SMALL_LORA, run_here
@@ -86,24 +84,15 @@ def test_a_tokenizer_that_a_file_names_is_not_called_unless_it_is_ours(full_run:
     assert not isinstance(open_model(copy).tokenizer(), TinyTokenizer | str)  # that of the family
 
 
-@dataclass
-class TinyComponent:
-    """The built-in tokenizer, as a config names it."""
-
-    arguments: dict[str, Any]
-
-    def build(self, *args: Any, **kwargs: Any) -> Any:
-        return tiny_tokenizer(*args, **self.arguments, **kwargs)
-
-
 def test_the_tokenizer_that_a_config_names(full_run: Path, tmp_path: Path) -> None:
     source = open_model(full_run / "hf")
-    assert isinstance(source.tokenizer(TinyComponent({})), TinyTokenizer)
+    tiny = "dllm_jepa.models.tiny.tiny_tokenizer"
+    assert isinstance(source.tokenizer(Component(tiny)), TinyTokenizer)
     with pytest.raises(CheckpointError, match="absent does not exist"):
-        source.tokenizer(TinyComponent({"path": str(tmp_path / "absent")}))
+        source.tokenizer(Component(tiny, {"path": str(tmp_path / "absent")}))
     small = open_model("tests/assets/llada_tiny")  # scores 320 ids
     with pytest.raises(CheckpointError, match="scores 320 ids, but the tokenizer has ids up to 507"):
-        small.tokenizer(TinyComponent({"path": str(full_run / "hf")}))
+        small.tokenizer(Component(tiny, {"path": str(full_run / "hf")}))
 
 
 def test_fingerprints_differ_where_weights_do(full_run: Path, lora_run: Path) -> None:
