@@ -144,14 +144,18 @@ def test_a_base_that_has_moved(lora_run: Path, full_run: Path, tmp_path: Path) -
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     state = Path(shutil.copytree(state_of(lora_run), tmp_path / "step_00000002"))
     facts = json.loads((state / "state.json").read_text()) | {"base": str(tmp_path / "gone/hf")}
-    forge(state, **{"state.json": json.dumps(facts).encode()})
+    tokenizer = "_component_: dllm_jepa.models.tiny.tiny_tokenizer\n"
+    config_yaml = (state / "config.yaml").read_text()
+    assert tokenizer in config_yaml
+    config_yaml = config_yaml.replace(tokenizer, f"{tokenizer}  path: {facts['base']}\n")
+    forge(state, **{"state.json": json.dumps(facts).encode(), "config.yaml": config_yaml.encode()})
     expected = logits(lora_run / "hf")
     for path in (adapter, state):
         with pytest.raises(CheckpointError, match="gone/hf"):
             open_model(path)
         source = open_model(path, base=moved)
         assert torch.equal(source.load(torch.float32, CPU).token_logits(TOKENS).detach(), expected)
-        assert source.tokenizer_dir == moved
+        assert source.tokenizer_dir == moved and isinstance(source.tokenizer(), TinyTokenizer)
         with pytest.raises(CheckpointError, match=r"trained on other weights than those of .*hf_target"):
             open_model(path, base=full_run / "hf_target")
     for path in (moved, state_of(full_run)):
@@ -206,6 +210,12 @@ def test_the_prompt_format_of_the_training(full_run: Path, lora_run: Path, tmp_p
     forge(state, **{"state.json": json.dumps(facts | {"prompt": "chat"}).encode()})
     with pytest.raises(CheckpointError, match=r"state\.json: prompt is 'chat'; it must be an object with template"):
         open_model(state)
+
+
+def test_adapter_files_beside_a_whole_model_do_not_matter(lora_run: Path, full_run: Path, tmp_path: Path) -> None:
+    both = shutil.copytree(full_run / "hf", tmp_path / "both")
+    shutil.copytree(lora_run / "adapter", both, dirs_exist_ok=True)
+    assert torch.equal(logits(both), logits(full_run / "hf"))
 
 
 def test_an_adapter_on_itself(lora_run: Path, tmp_path: Path) -> None:
