@@ -81,7 +81,7 @@ def export_checkpoint(
         raise CheckpointError(f"{path} is of full fine-tuning: there is no adapter to merge; leave out --merged")
     stored = DTYPES[dtype or config.export_dtype or config.compute_dtype]
     files: dict[str, Any] = {
-        "tokenizer": saved_tokenizer(checkpoint) if base is None else None,
+        "tokenizer": saved_tokenizer(checkpoint, base) if base is None else None,
         "card": model_card(part, state, checkpoint.config.read_text(encoding="utf-8")),
         "prompt": saved_prompt(checkpoint),
     }

@@ -54,7 +54,7 @@ class DLLMJEPAHarnessModel(TemplateLM):
     Args:
         checkpoint_dir: a Hugging Face directory, an adapter, or a training state.
         part: of a training state, "online" or "target".
-        base: of adapters, directory of their base; None takes the recorded one.
+        adapter_base: of adapters, directory of their base; None takes the recorded one.
         dtype: type of weights and computation, fp32 or bf16.
         device: device of the model; None takes the GPU if there is one.
         batch_size: rows in one forward pass.
@@ -76,7 +76,7 @@ class DLLMJEPAHarnessModel(TemplateLM):
         self,
         checkpoint_dir: str,
         part: str = "online",
-        base: str | None = None,
+        adapter_base: str | None = None,
         dtype: str = "fp32",
         device: str | None = None,
         batch_size: int | str = 1,
@@ -97,7 +97,7 @@ class DLLMJEPAHarnessModel(TemplateLM):
             raise ConfigError(f"batch_size: {batch_size!r} given, must be a number of rows, at least 1")
         if num_samples < 1:
             raise ConfigError(f"num_samples: {num_samples} given, must be at least 1")
-        source = open_model(checkpoint_dir, part=part, base=base)
+        source = open_model(checkpoint_dir, part=part, base=adapter_base)
         self._text_tokenizer = _tokenizer(source, tokenizer)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self._device.type == "cuda" and not torch.cuda.is_available():

@@ -32,7 +32,7 @@ from dllm_jepa.models import (
     read_prompt,
     tokenizer_builder,
 )
-from dllm_jepa.training import MANIFEST_NAME, Ranks, SavedCheckpoint, check_trained, trained_tensors
+from dllm_jepa.training import MANIFEST_NAME, Ranks, SavedCheckpoint, check_trained, saved_states, trained_tensors
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,7 @@ def _open_adapter(path: Path, base: str | Path | None) -> ModelSource:
 def _models_inside(run: Path) -> list[str]:
     """Models that a run has left, the newest training state last."""
     exports = [run / name for name in ("hf", "hf_target", "adapter", "adapter_target")]
-    states = [*sorted((run / "checkpoints").glob("step_*")), *sorted(run.glob("step_*"))][-1:]
-    return [str(path) for path in (*exports, *states) if path.is_dir()]
+    return [str(path) for path in (*exports, *saved_states(run)[-1:]) if path.is_dir()]
 
 
 def _directory_tokenizer(path: Path, family: str) -> Tokenizer:
@@ -180,7 +179,7 @@ def _open_training_state(path: Path, part: str, base: str | Path | None, ranks: 
         _plain(model),
         base,
         f"{digest} {part}",
-        own_tokenizer=lambda: saved_tokenizer(checkpoint),
+        own_tokenizer=lambda: saved_tokenizer(checkpoint, base),
         load=load,
         prompt=saved_prompt(checkpoint),
     )
@@ -300,8 +299,12 @@ def saved_weights(
         yield name, checkpoint.read(saved, dtype if model.lora is None else torch.float32)
 
 
-def saved_tokenizer(checkpoint: SavedCheckpoint) -> Tokenizer:
+def saved_tokenizer(checkpoint: SavedCheckpoint, base: Path | None) -> Tokenizer:
     """The tokenizer of the run that saved a training state.
+
+    Args:
+        checkpoint: the training state.
+        base: where the directory that the run started from is now; a tokenizer that was read from there is read here.
 
     Raises:
         CheckpointError: if it is not of this package.
@@ -309,6 +312,8 @@ def saved_tokenizer(checkpoint: SavedCheckpoint) -> Tokenizer:
     config: Any = OmegaConf.load(checkpoint.config)
     arguments = {str(key): value for key, value in config.tokenizer.items()}
     path = str(arguments.pop("_component_"))
+    if base is not None and arguments.get("path") == checkpoint.state["base"]:
+        arguments["path"] = base
     function = find_tokenizer(path)
     if function is None:
         raise CheckpointError(

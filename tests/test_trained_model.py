@@ -2,18 +2,16 @@
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from dllm_jepa import cli
+from dllm_jepa.config import Component
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.models import load_adapter, load_hf
-from dllm_jepa.models.tiny import tiny_tokenizer
 from dllm_jepa.models.tiny._tokenizer import TinyTokenizer
 from dllm_jepa.trained_model import open_model
 from tests.launching import SMALL_LORA, run_here
@@ -86,24 +84,15 @@ def test_a_tokenizer_that_a_file_names_is_not_called_unless_it_is_ours(full_run:
     assert not isinstance(open_model(copy).tokenizer(), TinyTokenizer | str)  # that of the family
 
 
-@dataclass
-class TinyComponent:
-    """The built-in tokenizer, as a config names it."""
-
-    arguments: dict[str, Any]
-
-    def build(self, *args: Any, **kwargs: Any) -> Any:
-        return tiny_tokenizer(*args, **self.arguments, **kwargs)
-
-
 def test_the_tokenizer_that_a_config_names(full_run: Path, tmp_path: Path) -> None:
     source = open_model(full_run / "hf")
-    assert isinstance(source.tokenizer(TinyComponent({})), TinyTokenizer)
+    tiny = "dllm_jepa.models.tiny.tiny_tokenizer"
+    assert isinstance(source.tokenizer(Component(tiny)), TinyTokenizer)
     with pytest.raises(CheckpointError, match="absent does not exist"):
-        source.tokenizer(TinyComponent({"path": str(tmp_path / "absent")}))
+        source.tokenizer(Component(tiny, {"path": str(tmp_path / "absent")}))
     small = open_model("tests/assets/llada_tiny")  # scores 320 ids
     with pytest.raises(CheckpointError, match="scores 320 ids, but the tokenizer has ids up to 507"):
-        small.tokenizer(TinyComponent({"path": str(full_run / "hf")}))
+        small.tokenizer(Component(tiny, {"path": str(full_run / "hf")}))
 
 
 def test_fingerprints_differ_where_weights_do(full_run: Path, lora_run: Path) -> None:
@@ -155,14 +144,18 @@ def test_a_base_that_has_moved(lora_run: Path, full_run: Path, tmp_path: Path) -
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     state = Path(shutil.copytree(state_of(lora_run), tmp_path / "step_00000002"))
     facts = json.loads((state / "state.json").read_text()) | {"base": str(tmp_path / "gone/hf")}
-    forge(state, **{"state.json": json.dumps(facts).encode()})
+    tokenizer = "_component_: dllm_jepa.models.tiny.tiny_tokenizer\n"
+    config_yaml = (state / "config.yaml").read_text()
+    assert tokenizer in config_yaml
+    config_yaml = config_yaml.replace(tokenizer, f"{tokenizer}  path: {facts['base']}\n")
+    forge(state, **{"state.json": json.dumps(facts).encode(), "config.yaml": config_yaml.encode()})
     expected = logits(lora_run / "hf")
     for path in (adapter, state):
         with pytest.raises(CheckpointError, match="gone/hf"):
             open_model(path)
         source = open_model(path, base=moved)
         assert torch.equal(source.load(torch.float32, CPU).token_logits(TOKENS).detach(), expected)
-        assert source.tokenizer_dir == moved
+        assert source.tokenizer_dir == moved and isinstance(source.tokenizer(), TinyTokenizer)
         with pytest.raises(CheckpointError, match=r"trained on other weights than those of .*hf_target"):
             open_model(path, base=full_run / "hf_target")
     for path in (moved, state_of(full_run)):
@@ -217,6 +210,12 @@ def test_the_prompt_format_of_the_training(full_run: Path, lora_run: Path, tmp_p
     forge(state, **{"state.json": json.dumps(facts | {"prompt": "chat"}).encode()})
     with pytest.raises(CheckpointError, match=r"state\.json: prompt is 'chat'; it must be an object with template"):
         open_model(state)
+
+
+def test_adapter_files_beside_a_whole_model_do_not_matter(lora_run: Path, full_run: Path, tmp_path: Path) -> None:
+    both = shutil.copytree(full_run / "hf", tmp_path / "both")
+    shutil.copytree(lora_run / "adapter", both, dirs_exist_ok=True)
+    assert torch.equal(logits(both), logits(full_run / "hf"))
 
 
 def test_an_adapter_on_itself(lora_run: Path, tmp_path: Path) -> None:

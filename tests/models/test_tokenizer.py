@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, pre_tokenizers
 
 from dllm_jepa.errors import CheckpointError
+from dllm_jepa.models import FAMILIES, find_tokenizer, known_tokenizers
 from dllm_jepa.models._tokenizer import Tokenizer
 from dllm_jepa.models.dream._tokenizer import DreamTokenizer, dream_tokenizer
 from dllm_jepa.models.llada._tokenizer import LLaDATokenizer, llada_tokenizer
@@ -263,6 +264,17 @@ def test_dream_encodes_as_another_implementation(
 def test_saved_tokenizer_is_equal(dream: DreamTokenizer, saved_dream: Path, text: str) -> None:
     saved = dream_tokenizer(str(saved_dream))
     assert saved.encode(text) == dream.encode(text)
+
+
+def test_only_functions_of_the_tables_are_found_by_their_path(llada_dir: Path, dream_dir: Path) -> None:
+    for family, directory in (("llada", llada_dir), ("Dream", dream_dir)):
+        path = FAMILIES[family].tokenizer
+        build = find_tokenizer(path)
+        assert build is not None and build(directory).builder == path  # what `save` notes is found again
+    for path in known_tokenizers():
+        assert find_tokenizer(path) is not None
+        for other in (f"{path}.__globals__", path.rpartition(".")[0], f"{path} ", "os.getcwd", ""):
+            assert find_tokenizer(other) is None, other
 
 
 @pytest.mark.parametrize(("name", "build"), [("llada", llada_tokenizer), ("dream", dream_tokenizer)])
