@@ -2,12 +2,15 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dllm_jepa import evals
 from dllm_jepa.errors import CheckpointError, DataError
 from dllm_jepa.evals import ItemResult, Score, compare
 from dllm_jepa.evals._compare import paired_measures
@@ -187,6 +190,14 @@ def test_a_damaged_scores_file_is_named(pair: tuple[Path, Path], content: bytes,
     path.write_bytes(content)
     with pytest.raises(DataError, match=f"^{re.escape(str(path))} .*{expected}"):
         compare(*pair)
+
+
+def test_results_are_compared_without_torch() -> None:
+    code = "import sys\nfrom dllm_jepa.evals import compare\nprint({'torch', 'datasets', 'torchtune'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    assert all(getattr(evals, name) is not None for name in dir(evals))
+    with pytest.raises(AttributeError, match="has no attribute 'no_task'"):
+        evals.no_task  # noqa: B018
 
 
 def test_pairs_that_cannot_be_made() -> None:
