@@ -13,8 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.training import compile_model, set_activation_checkpointing
 
 from dllm_jepa.data import BatchPlan, MicroBatch, TrainingBatches
 from dllm_jepa.jepa import (
@@ -196,10 +194,9 @@ class Trainer:
     def _online(self, compiled: bool, checkpointing: bool) -> MaskedDiffusionLM:
         model = around_the_same_weights(self.model)
         if compiled:
-            compile_model(model.backbone, verbose=False)
-            model.compile_loss()
+            model.compile_layers()
         if checkpointing:
-            set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+            model.checkpoint_layers()
         choose_packed_attention(model, self.device, self.compute_dtype)
         return model
 
@@ -208,7 +205,7 @@ class Trainer:
         if float8:
             use_float8(backbone)
         if compiled:
-            compile_model(backbone, verbose=False)
+            backbone.compile_layers()
         choose_packed_attention(backbone, self.device, self.compute_dtype)
         return ema_target_encoder(backbone, dtype=self.setting.dtype, float8=float8)
 
@@ -251,21 +248,21 @@ class Trainer:
                 )
         weights = masked_token_weights("mean", counts, **batch.loss_counts())  # [n]
         with self.autocast():
-            hidden, (diffusion_loss, token_loss) = self.models[arm.compiled](
-                batch.context,
-                attention_mask=mask,
-                input_pos=batch.input_pos,
-                logits_at=batch.masked_positions,
+            model = self.models[arm.compiled]
+            hidden = model(batch.context, attention_mask=mask, input_pos=batch.input_pos)
+            diffusion_loss, token_loss = model.score(
+                hidden,
+                batch.masked_positions,
                 labels=batch.labels,
                 token_weights=weights,
                 chunk_tokens=self.setting.logits_chunk_tokens,
+                attention_mask=mask,
             )
-        alignment_loss = torch.zeros_like(diffusion_loss)
-        if target is not None:
-            pooled = pool(hidden, batch.context_ids, batch.num_sequences)
-            with self.autocast():
+            alignment_loss = torch.zeros_like(diffusion_loss)
+            if target is not None:
+                pooled = pool(hidden, batch.context_ids, batch.num_sequences)
                 pred = self.trained["predictor"](pooled.to(hidden.dtype))
-            alignment_loss = jepa_loss(target, pred, counts)
+                alignment_loss = jepa_loss(target, pred, counts)
         (diffusion_loss + JEPA_WEIGHT * alignment_loss).backward()
         losses = {"diffusion_loss": diffusion_loss.detach(), "jepa_loss": alignment_loss.detach()}
         bands = band_sums(token_loss, **batch.loss_counts())

@@ -25,8 +25,6 @@ from _machine import describe_machine
 from torch import nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
-from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.training import set_activation_checkpointing
 
 from dllm_jepa.jepa import (
     GlobalCounts,
@@ -97,7 +95,7 @@ def count_flops(
         average = ema_target_encoder(MODELS[name]().backbone) if method.target == "average" else None
     counts = GlobalCounts(sequences, scored, *2 * [sequences * tokens], sequences * tokens**2)
     if checkpointing != "none":
-        set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+        model.checkpoint_layers()
     # The view stands for the ids of its visible tokens, and the labels for their positions: the values do not matter.
     with (
         FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter,
@@ -105,9 +103,9 @@ def count_flops(
     ):
         target = None if average is None else average.embed(view, view, sequences)
         if method.target == "online":
-            target = pool(model(view)[0], view, sequences)
-        hidden, losses = model(view, logits_at=labels, labels=labels, token_weights=weights, chunk_tokens=1024)
-        loss = losses.weighted_sum
+            target = pool(model(view), view, sequences)
+        hidden = model(view)
+        loss, _ = model.score(hidden, labels, labels=labels, token_weights=weights, chunk_tokens=1024)
         if target is not None:
             pred = predictor(pool(hidden, view, sequences))
             # The loss of ours stops the gradient at the target; that of LLM-JEPA does not.

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+import dllm_jepa
 from dllm_jepa import config
 from dllm_jepa.config import find_configs, find_recipes, resolve_config
 from dllm_jepa.errors import CheckpointError, ConfigError, LaunchError, UserError
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dllm-jepa", description="Recipes and configs of DLLM-JEPA.")
+    parser.add_argument("--version", action="version", version=f"dllm-jepa {dllm_jepa.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     ls = commands.add_parser("ls", help="list recipes and configs")

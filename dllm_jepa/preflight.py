@@ -50,10 +50,11 @@ def data_opens(dataset: Component, tokenizer: Component, model: Component, max_s
         return
     try:
         given = {"tokenizer": _tokenizer(tokenizer), "shift_logits": _model(model).shift_logits}
+    except UserError:  # `model_opens` says it
+        return
+    try:
         dataset.build(**given, max_seq_len=max_seq_len, max_rows=_NUM_ROWS, progress=False)
-    except UserError as error:
-        yield f"dataset: {error}"
-    except ValueError as error:  # a builder's word on its arguments
+    except (UserError, ValueError) as error:  # the second: a builder's word on its arguments
         yield f"dataset: {error}"
 
 

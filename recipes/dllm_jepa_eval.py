@@ -207,8 +207,8 @@ def recipe_main(cfg: Config) -> None:
     """Join the other ranks, claim the output directory, evaluate."""
     with training.Ranks.join(cfg.device) as ranks, training.locked(Path(cfg.output_dir), ranks):
         recipe = DLLMJEPAEvalRecipe(cfg, ranks)
-        recipe.setup()
         try:
+            recipe.setup()
             recipe.run()
         except KeyboardInterrupt:
             if ranks.is_rank_zero:

@@ -25,8 +25,6 @@ import torch
 from omegaconf import OmegaConf
 from pydantic import Field
 from torch import Tensor, nn
-from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.training import compile_model, set_activation_checkpointing
 
 from dllm_jepa import config, jepa, preflight, training
 from dllm_jepa.data import BatchPlan, MicroBatch, PrefetchedBatches, SequenceDataset, TrainingBatches, total_counts
@@ -200,8 +198,6 @@ class DLLMJEPARecipe:
         if cfg.lr_scheduler is not None:
             self.lr_scheduler = cfg.lr_scheduler.build(self.optimizer, num_training_steps=self.num_steps)
         self.setup_run(metric_logger, changes)
-        if (line := training.warmup_warning(self.lr_scheduler, num_steps=self.num_steps)) is not None:
-            self.log.say(f"warning: {line}")
 
     def setup_batches(self) -> tuple[SequenceDataset, TrainingBatches, int]:
         """Tokenize the dataset and plan its batches; returns both, and the steps of an epoch."""
@@ -239,11 +235,10 @@ class DLLMJEPARecipe:
         """Wrap, shard and fill the online model; a frozen base is stored in the compute type or in NF4."""
         cfg = self.cfg
         if cfg.compile:
-            compile_model(self.model.backbone, verbose=False)
-            self.model.compile_loss()
+            self.model.compile_layers()
         if cfg.enable_activation_checkpointing:
-            set_activation_checkpointing(self.model, auto_wrap_policy={TransformerSelfAttentionLayer})
-        training.shard(self.model, self.model.units, self.ranks, self.compute_dtype, kept=self.model.head)
+            self.model.checkpoint_layers()
+        training.shard(self.model, self.model.units, self.ranks, self.compute_dtype, kept=self.model.scorer)
         first = self.base
         if self.model.lora is not None:
             first = LoRAWeights(self.model, self.base, seed=cfg.seed, dtype=self.compute_dtype)
@@ -263,7 +258,7 @@ class DLLMJEPARecipe:
         if float8:
             use_float8(backbone)
         if self.cfg.compile:
-            compile_model(backbone, verbose=False)
+            backbone.compile_layers()
         training.shard(backbone, [*backbone.layers], self.ranks, self.compute_dtype)
         training.materialize(backbone, None, dtype=DTYPES[dtype], device=self.ranks.device)
         init_rope(backbone)
@@ -300,6 +295,8 @@ class DLLMJEPARecipe:
             compiles=cfg.compile,
         )
         self.cleanup.callback(self.log.close)
+        if warning := training.warmup_warning(self.lr_scheduler, num_steps=self.num_steps):
+            self.log.say(f"warning: {warning}")
         self.log.say(choose_packed_attention(self.model, self.ranks.device, self.compute_dtype))
         if metric_logger is not None:
             metric_logger.log_config(OmegaConf.create(cfg.model_dump()))
@@ -318,6 +315,7 @@ class DLLMJEPARecipe:
     def train(self) -> None:
         """The loop."""
         cfg = self.cfg
+        self.signals.defer()  # from here on a signal waits for the end of the step, and the state is saved
         for step in self.log.steps():
             self.ranks.seed(cfg.seed, step)  # for dropout and stochastic rounding; views have seeds of their own
             # 1. Views: two maskings of the same sequences, for every micro-batch of this step
@@ -331,28 +329,31 @@ class DLLMJEPARecipe:
 
             pooled_rows = []
             for index, batch in enumerate(micro_batches):
-                # 3. The one forward that carries gradient; the head scores masked tokens only, a chunk at a time
                 weights = jepa.masked_token_weights(cfg.loss_weight, counts, **batch.loss_counts())  # [n]
                 with self.ranks.autocast(self.compute_dtype):
-                    hidden, (diffusion_loss, token_loss) = self.model(
-                        batch.context,
-                        attention_mask=batch.attention_mask,
-                        input_pos=batch.input_pos,
-                        logits_at=batch.masked_positions,
+                    # 3. The one forward that carries gradient
+                    hidden = self.model(
+                        batch.context, attention_mask=batch.attention_mask, input_pos=batch.input_pos
+                    )  # [B, T, D]
+                    # 4. Losses: local sums over global counts; the head scores a chunk of masked tokens at a time
+                    diffusion_loss, token_loss = self.model.score(
+                        hidden,
+                        batch.masked_positions,
                         labels=batch.labels,
                         token_weights=weights,
                         chunk_tokens=cfg.logits_chunk_tokens,
+                        attention_mask=batch.attention_mask,
                     )
-                # 4. Losses: local sums over global counts
-                loss, jepa_loss = diffusion_loss, torch.zeros_like(diffusion_loss)
-                if targets is not None or self.monitor.collects(step):
-                    pooled = jepa.pool(hidden, batch.context_ids, batch.num_sequences, layer_norm=cfg.pooled_layer_norm)
-                    pooled_rows.append(pooled.detach())
-                if targets is not None:
-                    with self.ranks.autocast(self.compute_dtype):
+                    loss, jepa_loss = diffusion_loss, torch.zeros_like(diffusion_loss)
+                    if targets is not None or self.monitor.collects(step):
+                        pooled = jepa.pool(
+                            hidden, batch.context_ids, batch.num_sequences, layer_norm=cfg.pooled_layer_norm
+                        )
+                        pooled_rows.append(pooled.detach())
+                    if targets is not None:
                         pred = self.trained["predictor"](pooled.to(hidden.dtype))
-                    jepa_loss = jepa.jepa_loss(targets[index], pred, counts)
-                    loss = diffusion_loss + cfg.jepa_weight * jepa_loss
+                        jepa_loss = jepa.jepa_loss(targets[index], pred, counts)
+                        loss = diffusion_loss + cfg.jepa_weight * jepa_loss
                 self.log.lap("forward")
                 # 5. Backward
                 loss.backward()

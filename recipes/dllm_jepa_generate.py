@@ -25,7 +25,7 @@ from dllm_jepa import config
 from dllm_jepa.data import check_text, format_prompt, read_rows
 from dllm_jepa.errors import ConfigError, DataError, LaunchError
 from dllm_jepa.files import write_atomically
-from dllm_jepa.generation import (
+from dllm_jepa.generation.show import (
     CanvasHistory,
     Denoising,
     DenoisingView,

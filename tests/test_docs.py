@@ -436,7 +436,8 @@ def test_the_task_of_ones_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.syspath_prepend(tmp_path)
     Path("my_capitals.py").write_text(example, "utf-8")
     rows = [{"country": name, "capital": name[:2]} for name in ("dog", "truck", "ring")]
-    Path("capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    for name in ("test.jsonl", "train.jsonl"):
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     own = ("num_shots=", "task=")
     try:
         scores = eval_here(

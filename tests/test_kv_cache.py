@@ -30,23 +30,20 @@ def at(columns: Tensor, width: int) -> Tensor:
 
 def test_whole_rows_are_as_without_a_cache(model: MaskedDiffusionLM) -> None:
     tokens, real = rows()
-    flat = at(FED, 9)
-    expected = model(tokens, attention_mask=real, logits_at=flat)
+    expected = model(tokens, attention_mask=real)
     for cache in (KVCache(real), KVCache(real)):
         for _ in range(2):  # the second pass takes the place of the first
-            for given, wanted in zip(model(tokens, attention_mask=cache, logits_at=flat), expected, strict=True):
-                assert torch.equal(given, wanted)
-    (unpadded, _), (alone, _) = model(tokens[:1], attention_mask=KVCache(None)), model(tokens[:1])
-    assert torch.equal(unpadded, alone)
+            assert torch.equal(model(tokens, attention_mask=cache), expected)
+    assert torch.equal(model(tokens[:1], attention_mask=KVCache(None)), model(tokens[:1]))
 
 
 def test_fed_columns_of_unchanged_rows_are_exact(model: MaskedDiffusionLM) -> None:
     tokens, real = rows()
     cache = KVCache(real)
-    hidden, logits = model(tokens, attention_mask=cache, logits_at=at(FED[:, 1:], 9))
-    fed_hidden, fed_logits = model(
-        tokens.gather(1, FED), attention_mask=cache, input_pos=FED, logits_at=at(torch.arange(1, 4).expand(3, 3), 4)
-    )
+    hidden = model(tokens, attention_mask=cache)
+    logits = model.logits(hidden, at(FED[:, 1:], 9), attention_mask=cache)
+    fed_hidden = model(tokens.gather(1, FED), attention_mask=cache, input_pos=FED)
+    fed_logits = model.logits(fed_hidden, at(torch.arange(1, 4).expand(3, 3), 4), attention_mask=cache)
     torch.testing.assert_close(fed_hidden, hidden[torch.arange(3)[:, None], FED])
     torch.testing.assert_close(fed_logits, logits)
 
@@ -55,8 +52,9 @@ def test_the_first_token_is_scored_as_in_whole_rows(model: MaskedDiffusionLM) ->
     """A shifted model scores it from its own state, and a row that is not fed from its start has no such token."""
     tokens, real = rows()
     cache = KVCache(real)
-    expected = model(tokens, attention_mask=cache, logits_at=torch.tensor([9]))[1]
-    given = model(tokens.gather(1, FED), attention_mask=cache, input_pos=FED, logits_at=torch.tensor([4]))[1]
+    expected = model.logits(model(tokens, attention_mask=cache), torch.tensor([9]), attention_mask=cache)
+    fed = model(tokens.gather(1, FED), attention_mask=cache, input_pos=FED)
+    given = model.logits(fed, torch.tensor([4]), attention_mask=cache)
     torch.testing.assert_close(given, expected)
 
 
@@ -73,20 +71,20 @@ def test_what_is_fed_is_replaced_and_the_rest_stays_as_it_was(model: MaskedDiffu
         return old[module]
 
     model(tokens, attention_mask=cache)
-    fed, _ = model(changed.gather(1, FED), attention_mask=cache, input_pos=FED)
-    again, _ = model(changed.gather(1, FED), attention_mask=cache, input_pos=FED)
+    fed = model(changed.gather(1, FED), attention_mask=cache, input_pos=FED)
+    again = model(changed.gather(1, FED), attention_mask=cache, input_pos=FED)
     handles = [
         projection.register_forward_hook(keep_old)
         for layer in model.backbone.layers
         for projection in (layer.attn.k_proj, layer.attn.v_proj)
     ]
     model(tokens, attention_mask=real)
-    stale, _ = model(changed, attention_mask=real)
+    stale = model(changed, attention_mask=real)
     for handle in handles:
         handle.remove()
     torch.testing.assert_close(fed, stale[torch.arange(3)[:, None], FED])
     torch.testing.assert_close(again, fed)
-    exact, _ = model(changed, attention_mask=real)
+    exact = model(changed, attention_mask=real)
     assert not torch.allclose(fed, exact[torch.arange(3)[:, None], FED])
 
 
@@ -99,7 +97,7 @@ def test_rows_that_are_not_kept_leave_the_others_as_they_are(model: MaskedDiffus
         cache.keep(kept)
         fed, columns = tokens.gather(1, FED).flip(1)[kept], FED[kept]
         for _ in range(2):
-            hidden, _ = model(fed, attention_mask=cache, input_pos=columns)
+            hidden = model(fed, attention_mask=cache, input_pos=columns)
         outs.append(hidden)
     torch.testing.assert_close(outs[1], outs[0][[2, 0]])
     unpadded = KVCache(None)
@@ -114,7 +112,7 @@ def test_padding_is_never_seen(model: MaskedDiffusionLM) -> None:
     for pad in (0, 299):
         cache = KVCache(real)
         model(tokens.masked_fill(~real, pad), attention_mask=cache)
-        outs.append(model(tokens.gather(1, FED), attention_mask=cache, input_pos=FED)[0])
+        outs.append(model(tokens.gather(1, FED), attention_mask=cache, input_pos=FED))
     assert torch.equal(*outs)
 
 

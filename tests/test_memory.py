@@ -12,8 +12,6 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchao.dtypes.nf4tensor import to_nf4
 from torchtune.config import instantiate
-from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.training import set_activation_checkpointing
 
 from dllm_jepa import cli
 from dllm_jepa.config import Launch, find_configs, load_config, problems, schema_of, with_defaults
@@ -23,7 +21,7 @@ from dllm_jepa.memory._live_storages import stored_bytes
 from dllm_jepa.memory._micro_batch import _LikeCUDA, _update, micro_batch_peak
 from dllm_jepa.memory._optimizer import optimizer_state_bytes
 from dllm_jepa.models import MaskedDiffusionLM
-from dllm_jepa.models._attention import BidirectionalAttention
+from dllm_jepa.models._layers import BidirectionalAttention
 from dllm_jepa.packing import PackedSequences
 from tests.launching import ROOT
 
@@ -165,7 +163,7 @@ def measured_peak(cfg: DictConfig, *, with_logits: bool) -> int:
     """The peak of a second micro-batch of 32, 32 and 16 tokens, really run on the CPU."""
     (model, predictor), backbone = build(cfg), instantiate(cfg.model).backbone.requires_grad_(False)
     if cfg.enable_activation_checkpointing:
-        set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+        model.checkpoint_layers()
     packing = PackedSequences.from_lengths([32, 32, 16])
     tokens = torch.randint(0, 500, (1, 80))
     ids = torch.tensor([0] * 32 + [1] * 32 + [2] * 16)[None]
@@ -184,19 +182,10 @@ def measured_peak(cfg: DictConfig, *, with_logits: bool) -> int:
         with autocast(), torch.no_grad():
             target = pool(backbone(tokens, mask=packing, input_pos=positions), ids, 3)
         with autocast():
-            hidden, losses = model(
-                tokens,
-                attention_mask=packing,
-                input_pos=positions,
-                **({"logits_at": masked} | scored if with_logits else {}),
-            )
-        pooled = pool(hidden, ids, 3)
-        with autocast():
-            pred = predictor(pooled.to(hidden.dtype))
-        loss = jepa_loss(target, pred, counts)
-        if with_logits:
-            loss = loss + losses.weighted_sum
-        loss.backward()
+            hidden = model(tokens, attention_mask=packing, input_pos=positions)
+            losses = [model.score(hidden, masked, **scored).weighted_sum] if with_logits else []
+            losses.append(jepa_loss(target, predictor(pool(hidden, ids, 3).to(hidden.dtype)), counts))
+        sum(losses).backward()
 
     micro_batch()
     for param in model.parameters():  # without logits the head has had none

@@ -111,7 +111,7 @@ class Given:
         if not isinstance(value, Mapping) or not isinstance(value.get("_component_"), str):
             raise ValueError("not a component")
         component = Component(value["_component_"], {k: v for k, v in value.items() if k != "_component_"})
-        if lines := component_problems(component, self):
+        if component.path != UNSET and (lines := component_problems(component, self)):
             raise PydanticCustomError(COMPONENT_PROBLEMS, "component", {"lines": lines})
         return component
 

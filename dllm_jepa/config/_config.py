@@ -27,8 +27,8 @@ from dllm_jepa.errors import ConfigError
 
 Rule = Callable[..., Iterable[str]]
 """A check across keys. Its parameters are named like the keys that it reads, and it is called when all of these are
-valid by themselves; a parameter `launch` is the `Launch`. It returns problem lines: key, value given, what is allowed,
-what to do."""
+given and valid by themselves; a parameter `launch` is the `Launch`. It returns problem lines: key, value given, what is
+allowed, what to do."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,7 @@ _MEANT = {word: key for key, words in _ELSEWHERE.items() for word in words.split
 class Section(BaseModel):
     """A group of keys inside a config."""
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, arbitrary_types_allowed=True
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
 class Config(Section):
@@ -150,10 +148,10 @@ class Config(Section):
     @classmethod
     def _collect(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         """Keep every valid value, for the rules to read although other keys are not valid."""
-        result = handler(value)
-        if info.context is not None:
-            info.context[info.field_name] = result
-        return result
+        if info.context is None:
+            return handler(value)
+        info.context.pop(info.field_name, None)  # the default
+        return info.context.setdefault(info.field_name, handler(value))
 
     @classmethod
     def check(cls, values: Mapping[str, Any], launch: Launch | None = None, *, opening: bool = False) -> Self:
@@ -184,18 +182,19 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The config as yaml: given to a recipe again, it makes the same run."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     @classmethod
     def _checked(cls, values: Mapping[str, Any], launch: Launch | None, opening: bool) -> tuple[Self | None, list[str]]:
         lines = [f"{key}: ??? must be set; write it into the yaml or give {key}=VALUE" for key in _unset(values)]
         known = {name: value for name, value in values.items() if value != UNSET}
-        valid: dict[str, Any] = {}
+        defaults = {name: field for name, field in cls.model_fields.items() if not field.is_required()}
+        valid = {name: field.get_default(call_default_factory=True) for name, field in defaults.items()}
         result = None
         try:
             result = cls.model_validate_json(json.dumps(known, default=str), context=valid)
         except ValidationError as error:
-            lines += _lines(cls, error, set(values) - set(known))
+            lines += _lines(cls, error, values)
         for name in {key.partition(".")[0] for key in _unset(values)}:
             valid.pop(name, None)
         lines += _call(cls.rules, valid, launch)
@@ -225,27 +224,27 @@ def _unset(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _lines(cls: type[Config], error: ValidationError, unset: set[str]) -> Iterator[str]:
-    """What pydantic found, a line for every key."""
+def _lines(cls: type[Config], error: ValidationError, values: Mapping[str, Any]) -> Iterator[str]:
+    """What pydantic found, a line for every key; none for those that are `???`."""
     seen = set()
     all_keys_said = False
     for found in error.errors(include_url=False):
         owner, names = _owner(cls, found["loc"])
         key = ".".join(names)
-        if key in seen or names[0] in unset:
+        if key in seen or values.get(names[0]) == UNSET:
             continue
         seen.add(key)
         if found["type"] == COMPONENT_PROBLEMS:
             yield from (f"{key}{line}".replace("~KEY", f"~{key}") for line in found["ctx"]["lines"])
         elif found["type"] == "extra_forbidden":
             line = _unknown_key(owner, names, found["input"])
-            if not line.endswith("?") and not all_keys_said and ": unknown key" in line and "; " not in line:
+            if line.endswith(").") and not all_keys_said:  # no hint
                 line, all_keys_said = f"{line} The keys are: {', '.join(owner.model_fields)}", True
             yield line
-        elif found["type"] == "missing":
+        elif found["type"] == "missing" and len(found["loc"]) == len(names):
             yield f"{key}: missing{_meaning(owner, names[-1])}; give {_allowed(owner, names[-1])}"
-        else:
-            yield _wrong_value(owner, names, found["input"])
+        else:  # of a list, what is found may be about an entry: the whole value is shown
+            yield _wrong_value(owner, names, _value(values, names, found["input"]))
 
 
 def _owner(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
@@ -259,32 +258,41 @@ def _owner(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[type[
     return cls, names
 
 
+def _value(values: Any, names: list[str], default: object) -> Any:
+    """The value of a key; `default` if it is not in the yaml."""
+    for name in names:
+        if name not in values:
+            return default
+        values = values[name]
+    return values
+
+
 def _unknown_key(owner: type[BaseModel], names: list[str], value: object) -> str:
     key, name = ".".join(names), names[-1]
-    if len(names) == 1 and name in _MEANT and _MEANT[name].partition(".")[0].partition(" ")[0] not in ("no", name):
-        return f"{key}: unknown key (value {shown(value)}); here it is {_MEANT[name]}"
-    if near := suggestion(name, owner.model_fields):
-        return f"{key}: unknown key (value {shown(value)}).{near}"
-    if len(names) == 1 and name in _MEANT:
-        return f"{key}: unknown key (value {shown(value)}); there is {_MEANT[name]}"
-    if len(names) == 1 and (recipes := _recipes_with(name)):
-        return f"{key}: a key of the recipe {', '.join(recipes)}, not of this one; remove it, or start that recipe"
-    return f"{key}: unknown key (value {shown(value)})."
+    unknown = f"{key}: unknown key (value {shown(value)})"
+    if len(names) > 1:
+        return f"{unknown}.{suggestion(name, owner.model_fields)}"
+    meant = _MEANT.get(name, "")
+    if meant.partition(".")[0].partition(" ")[0] in owner.model_fields:
+        return f"{unknown}; here it is {meant}"
+    if recipes := _recipes_with(name):
+        return f"{key}: a key of {' and '.join(recipes)}, not of this recipe; remove it, or start that one"
+    if meant.startswith("no key"):
+        return f"{unknown}; there is {meant}"
+    return f"{unknown}.{suggestion(name, owner.model_fields)}"
 
 
 def _recipes_with(name: str) -> list[str]:
-    """The packaged recipes whose own config class has a key, read from their text: importing one takes seconds."""
+    """The packaged recipes whose config class has a key, read from their text: importing one takes seconds."""
+    shared = {base.__name__: base.model_fields for base in Config.__subclasses__()}
     found = []
     for recipe, path in find_recipes().items():
-        classes = (node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef))
-        keys = {
-            line.target.id
-            for node in classes
-            if node.name == "Config"
-            for line in node.body
-            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
-        }
-        found += [recipe] if name in keys else []
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name == "Config":
+                own = [line.target for line in node.body if isinstance(line, ast.AnnAssign)]
+                keys = {target.id for target in own if isinstance(target, ast.Name)}
+                keys.update(*(shared.get(ast.unparse(base).rpartition(".")[2], {}) for base in node.bases))
+                found += [recipe] if name in keys else []
     return found
 
 

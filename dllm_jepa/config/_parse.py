@@ -249,8 +249,5 @@ def _report(error: UserError) -> None:
     print(f"error{of_rank}: {error}", file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun ends with a report of its own, below our message; it quotes what it finds here.
-        message = {
-            "message": f"error{of_rank}: {error}",
-            "extraInfo": {"py_callstack": "", "timestamp": int(time.time())},
-        }
-        Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
+        quoted = {"message": f"error{of_rank}: {error}", "timestamp": int(time.time())}
+        Path(file).write_text(json.dumps(quoted), encoding="utf-8")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
 from dllm_jepa.config._bases import Training
 from dllm_jepa.config._component import Component, Given
@@ -30,7 +31,7 @@ def check_resume(cfg: Training, saved: Path) -> list[str]:
     Raises:
         ConfigError: with every key that changed and makes it another run.
     """
-    before, after = _with_defaults(type(cfg), read_config(saved)), cfg.model_dump()
+    before, after = _with_defaults(type(cfg), read_config(saved)), cfg.model_dump(mode="json")
     allowed: list[str] = []
     changing: list[str] = []
     for key in [*after, *(name for name in before if name not in after)]:
@@ -55,7 +56,7 @@ def _with_defaults(cls: type[BaseModel], values: Mapping[str, Any]) -> dict[str,
             filled[name] = _with_defaults(field.annotation, values.get(name) or {})
         elif name not in values and not field.is_required():
             default = field.get_default(call_default_factory=True)
-            filled[name] = default.as_mapping() if isinstance(default, Component) else default
+            filled[name] = default.as_mapping() if isinstance(default, Component) else to_jsonable_python(default)
     return filled
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dllm_jepa.config._component import UNSET, Component
+from dllm_jepa.config._component import Component
 from dllm_jepa.config._config import Launch
 
 # A schedule is built for so many steps when the yaml does not say: longer than any warm-up.
@@ -31,8 +31,6 @@ _OFFLOADED = ("torchao.optim.CPUOffloadOptimizer", "torchao.optim.cpu_offload.CP
 
 def model_builds(model: Component) -> Iterator[str]:
     """The model has to be one that can be trained."""
-    if _is_unset(model):
-        return
     try:
         trained = _trained(model)
     except (ValueError, ArithmeticError, RuntimeError) as error:  # the last two: torch, for impossible sizes
@@ -51,13 +49,13 @@ def optimizer_builds(optimizer: Component) -> Iterator[str]:
             "save, and it takes the gradients before they are clipped; take torchao.optim.AdamW8bit with "
             "optimizer_in_bwd: true"
         )
-    elif not _is_unset(optimizer):
+    else:
         yield from _complaint("optimizer", lambda: _optimizer(optimizer))
 
 
 def lr_scheduler_builds(optimizer: Component, lr_scheduler: Component | None) -> Iterator[str]:
     """The schedule has to take its arguments, over the config's own optimizer."""
-    if lr_scheduler is None or _is_unset(lr_scheduler) or _is_unset(optimizer) or any(optimizer_builds(optimizer)):
+    if lr_scheduler is None or any(optimizer_builds(optimizer)):
         return
     steps = {} if "num_training_steps" in lr_scheduler.arguments else {"num_training_steps": _MANY_STEPS}
     if steps and not lr_scheduler.takes("num_training_steps"):
@@ -70,13 +68,12 @@ def lr_scheduler_builds(optimizer: Component, lr_scheduler: Component | None) ->
 
 def view_sampler_builds(view_sampler: Component) -> Iterator[str]:
     """The view sampler has to take its arguments."""
-    if not _is_unset(view_sampler):
-        yield from _complaint("view_sampler", view_sampler.build)
+    yield from _complaint("view_sampler", view_sampler.build)
 
 
 def decoding_builds(decoding: Component | None) -> Iterator[str]:
     """The decoding has to take its arguments."""
-    if decoding is not None and not _is_unset(decoding):
+    if decoding is not None:
         yield from _complaint("decoding", decoding.build)
 
 
@@ -310,7 +307,7 @@ def merged_with_an_export(model: Component, export_merged: bool, export: str | N
         return
     if export is None:
         yield "export_merged: true, but export is null: there is nothing to merge; set export: online, target or both"
-    if not has_adapters(model):
+    if has_adapters(model) is False:
         yield "export_merged: true, but all weights are trained: there is no adapter to merge; set export_merged: false"
 
 
@@ -354,9 +351,10 @@ def exported_target_exists(export: str | None, jepa_weight: float) -> Iterator[s
 
 def average_of_what_is_trained(model: Component, target_encoder: Component | None) -> Iterator[str]:
     """Under LoRA the base is shared and only adapters have an average; else the whole backbone has one."""
-    if target_encoder is None:
+    adapters = has_adapters(model)
+    if target_encoder is None or adapters is None:
         return
-    if has_adapters(model):
+    if adapters:
         wrong, right, reason = _WHOLE_AVERAGE, _ADAPTER_AVERAGE, "only adapters are trained"
     else:
         wrong, right, reason = _ADAPTER_AVERAGE, _WHOLE_AVERAGE, "all weights are trained"
@@ -475,12 +473,12 @@ def one_process(launch: Launch) -> Iterator[str]:
         yield f"--nproc_per_node: {launch.world_size} processes, but this recipe runs in one; leave it out"
 
 
-def has_adapters(model: Component) -> bool:
-    """Whether a model trains adapters on a frozen base; False for one that cannot be built."""
+def has_adapters(model: Component) -> bool | None:
+    """Whether a model trains adapters on a frozen base; None for one that cannot be built, a problem of its own."""
     try:
-        trained = [] if _is_unset(model) else _trained(model)
-    except (ValueError, ArithmeticError, RuntimeError):  # a problem of its own
-        return False
+        trained = _trained(model)
+    except (ValueError, ArithmeticError, RuntimeError):
+        return None
     return any(trained) and not all(trained)
 
 
@@ -505,10 +503,6 @@ def _complaint(key: str, build: Callable[[], object]) -> Iterator[str]:
         build()
     except (ValueError, ArithmeticError, RuntimeError) as error:  # the last two: torch, for impossible sizes
         yield f"{key}: {error}"
-
-
-def _is_unset(component: Component) -> bool:
-    return UNSET in component.arguments.values()
 
 
 def _directory_problems(key: str, value: str) -> Iterator[str]:

@@ -33,8 +33,9 @@ def join_builder(
         return build(*filled, *args, **kwargs)
 
     rest = _parameters(build)[len(parts) :]
-    # By position, then by name, as Python has it; those of the parts first, since they say what is built.
-    parameters = sorted([p for of_part in own for p in of_part] + rest, key=lambda p: p.kind)
+    # By position, then by name, as Python has it; those without a default first, then those of the parts.
+    joined = [p for of_part in own for p in of_part] + rest
+    parameters = sorted(joined, key=lambda p: (p.kind, p.default is not p.empty))
     hints: dict[str, Any] = {}
     for function in (*parts, build):
         hints |= typing.get_type_hints(function, include_extras=True)

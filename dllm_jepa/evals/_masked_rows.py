@@ -123,10 +123,7 @@ def _score_masked(
         tokens[number, list(row.masked)] = mask_id
         real[number, : len(row.tokens)] = True
     positions = [number * num_tokens + position for number, row in enumerate(rows) for position in row.masked]
-    logits_at = torch.tensor(positions, device=device)  # [n]
+    at = torch.tensor(positions, device=device)  # [n]
     attention_mask = None if bool(real.all()) else real.to(device)
-    states, logits = model(tokens.to(device), attention_mask=attention_mask, logits_at=logits_at)
-    assert isinstance(logits, Tensor), "the model was asked for logits"
-    # A shifted model scores a token from the state before it, the first one from its own.
-    scored_from = logits_at - (logits_at % num_tokens > 0).long() if model.shift_logits else logits_at
-    return states.flatten(0, 1)[scored_from], logits
+    hidden = model(tokens.to(device), attention_mask=attention_mask)
+    return model.scored_from(hidden, at, attention_mask), model.logits(hidden, at, attention_mask=attention_mask)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.generation._canvas import Canvases, build_rows
-from dllm_jepa.generation._noise import RowNoise
-from dllm_jepa.generation._sampling import CONFIDENCES, Sampling, perturbed
+from dllm_jepa.generation._sampling import CONFIDENCES, RowNoise, Sampling, perturbed
 from dllm_jepa.generation._schedules import Schedule, SpeedUp
 from dllm_jepa.generation._scoring import (
     Cache,

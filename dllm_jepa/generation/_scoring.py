@@ -56,12 +56,11 @@ class DenoisingModel(Protocol):
         *,
         attention_mask: Tensor | KVCache | None = None,
         input_pos: Tensor | None = None,
-        logits_at: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Anything, and the logits [n, V] of the tokens at the flat positions `logits_at` [n].
+    ) -> Tensor:
+        """Hidden states of all tokens; `input_pos` is given with a cache only."""
 
-        Without a cache, `input_pos` is not given.
-        """
+    def logits(self, hidden: Tensor, positions: Tensor, *, attention_mask: Tensor | KVCache | None = None) -> Tensor:
+        """Logits [n, V] of the tokens at the flat positions [n], from hidden states of all tokens."""
 
 
 def exact_scorer(model: DenoisingModel) -> Scorer:
@@ -69,8 +68,7 @@ def exact_scorer(model: DenoisingModel) -> Scorer:
 
     def score(canvases: Canvases, columns: Tensor, step: int) -> StepLogits:
         rows = canvases.rows
-        _, logits = model(rows.tokens, attention_mask=rows.real, logits_at=_flat(columns, rows.tokens.size(1)))
-        return StepLogits(_rectangle(logits, columns))
+        return StepLogits(_logits(model, rows.tokens, columns, rows.real))
 
     return score
 
@@ -86,9 +84,7 @@ def guided_scorer(model: DenoisingModel, cfg_scale: float, mask_id: int) -> Scor
         in_prompt = torch.arange(rows.tokens.size(1), device=columns.device) < rows.lengths[:, None]
         tokens = torch.cat((rows.tokens, rows.tokens.masked_fill(in_prompt, mask_id)))
         real = None if rows.real is None else rows.real.repeat(2, 1)
-        twice = columns.repeat(2, 1)
-        _, logits = model(tokens, attention_mask=real, logits_at=_flat(twice, tokens.size(1)))
-        given, unprompted = _rectangle(logits, twice).chunk(2)
+        given, unprompted = _logits(model, tokens, columns.repeat(2, 1), real).chunk(2)
         return StepLogits(given, unprompted, cfg_scale)
 
     return score
@@ -120,30 +116,22 @@ class CachedScorer:
         period = (canvases.block, 0 if self._refresh is None else step // self._refresh)
         if self._kept is None or period != self._period:
             self._kept, self._period, self._prompts = KVCache(rows.real), period, rows.prompts
-            at = _flat(columns, rows.tokens.size(1))
-            _, logits = self._model(rows.tokens, attention_mask=self._kept, logits_at=at)
-            return StepLogits(_rectangle(logits, columns))
+            return StepLogits(_logits(self._model, rows.tokens, columns, self._kept))
         if rows.prompts != self._prompts:
             self._kept.keep([self._prompts.index(prompt) for prompt in rows.prompts])
             self._prompts = rows.prompts
         start, stop = canvases.block
         # A shifted model scores the first token of the block from the state before it.
         fed = rows.columns(start - self._model.shift_logits, rows.gen_length if self._cache == "prefix" else stop)
-        _, logits = self._model(
-            rows.tokens.gather(1, fed),
-            attention_mask=self._kept,
-            input_pos=fed,
-            logits_at=_flat(columns - fed[:, :1], fed.size(1)),
-        )
-        return StepLogits(_rectangle(logits, columns))
+        at = columns - fed[:, :1]
+        return StepLogits(_logits(self._model, rows.tokens.gather(1, fed), at, self._kept, input_pos=fed))
 
 
-def _flat(columns: Tensor, num_tokens: int) -> Tensor:
-    """int64 [B * m], positions in rows of `num_tokens` that are laid end to end."""
-    starts = num_tokens * torch.arange(len(columns), device=columns.device)
-    return (starts[:, None] + columns).flatten()
-
-
-def _rectangle(logits: Tensor | None, columns: Tensor) -> Tensor:
-    assert logits is not None, "the model was asked for logits"
-    return logits.view(*columns.shape, -1)
+def _logits(
+    model: DenoisingModel, tokens: Tensor, columns: Tensor, attention_mask: Tensor | KVCache | None, **fed: Tensor
+) -> Tensor:
+    """Logits [B, m, V] of the tokens in some columns [B, m] of what is fed."""
+    hidden = model(tokens, attention_mask=attention_mask, **fed)
+    starts = tokens.size(1) * torch.arange(len(columns), device=columns.device)
+    positions = (starts[:, None] + columns).flatten()
+    return model.logits(hidden, positions, attention_mask=attention_mask).view(*columns.shape, -1)

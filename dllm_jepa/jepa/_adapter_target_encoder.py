@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dllm_jepa.jepa._pooling import pool
 from dllm_jepa.jepa._target_encoder import CopyBackbone
@@ -23,8 +22,8 @@ class EMAAdapterTargetEncoder:
     places, without arithmetic, so that both come back as they were; only while they do is there a third copy.
 
     Args:
-        model: the online model, filled; called as `model(tokens, attention_mask=..., input_pos=..., hidden_at=...)`,
-            its first result are the hidden states. Its parameters with a gradient are the adapters, in fp32.
+        model: the online model, filled; called as `model(tokens, attention_mask=..., input_pos=..., hidden_at=...)`
+            for hidden states. Its parameters with a gradient are the adapters, in fp32.
         ema_decay: tau in [0, 1): the share of the old average that an update keeps.
 
     Raises:
@@ -72,7 +71,7 @@ class EMAAdapterTargetEncoder:
             fp32 [S, D].
         """
         with self._averages_in_place():
-            hidden, _ = self._model(tokens, attention_mask=mask, input_pos=input_pos, hidden_at=visible)
+            hidden = self._model(tokens, attention_mask=mask, input_pos=input_pos, hidden_at=visible)
         if visible is not None:
             sequence_ids = sequence_ids.flatten().index_select(0, visible)
         return pool(hidden, sequence_ids, num_sequences, layer_norm=layer_norm)
@@ -134,5 +133,6 @@ def ema_adapter_target_encoder(
 
 def _local(tensors: dict[str, Tensor]) -> list[Tensor]:
     """What this rank holds of each; every one of these operations is element by element."""
-    parts = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values())
+    # Not isinstance: importing DTensor takes as long as half of torch, and one process has none.
+    parts = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors.values())
     return [part.detach() for part in parts]

@@ -20,8 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.training import set_activation_checkpointing
 
 from dllm_jepa.jepa import GlobalCounts, ViewSampler, jepa_loss, masked_token_weights, pool
 from dllm_jepa.memory._live_storages import LiveStorages
@@ -115,7 +113,7 @@ def micro_batch_peak(cfg: Any, num_gpus: int, *, with_logits: bool) -> int:
             _run_like_cuda(model.backbone, compute_dtype)
             _run_like_cuda(target.backbone, compute_dtype)
         if cfg.enable_activation_checkpointing:
-            set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+            model.checkpoint_layers()
         shape = (1, sum(lengths)) if cfg.packed else (number, length)
         batch = _Batch(
             tokens=torch.zeros(shape, dtype=torch.int64),
@@ -170,22 +168,22 @@ def _run(
         num_masked=per_sequence,
         num_maskable=per_sequence,
     )
-    scored: dict[str, Any] = {
-        "logits_at": batch.masked,
-        "labels": batch.masked,
-        "token_weights": weights,
-        "chunk_tokens": cfg.logits_chunk_tokens,
-    }
+    losses: list[Tensor] = []
     with autocast():
-        hidden, token_losses = model(
-            tokens, attention_mask=batch.mask, input_pos=tokens, **(scored if with_logits else {})
-        )
-    losses = [] if token_losses is None else [token_losses.weighted_sum]
-    if predictor is not None:
-        pooled = pool(hidden, tokens, size, layer_norm=norm)
-        with autocast():
-            pred = predictor(pooled.to(hidden.dtype))
-        losses.append(cfg.jepa_weight * jepa_loss(embedded, pred, counts))
+        hidden = model(tokens, attention_mask=batch.mask, input_pos=tokens)
+        if with_logits:
+            diffusion_loss, _ = model.score(
+                hidden,
+                batch.masked,
+                labels=batch.masked,
+                token_weights=weights,
+                chunk_tokens=cfg.logits_chunk_tokens,
+                attention_mask=batch.mask,
+            )
+            losses.append(diffusion_loss)
+        if predictor is not None:
+            pred = predictor(pool(hidden, tokens, size, layer_norm=norm).to(hidden.dtype))
+            losses.append(cfg.jepa_weight * jepa_loss(embedded, pred, counts))
     (torch.stack(losses).sum() if losses else hidden.sum()).backward()
 
 

@@ -1,70 +1,22 @@
-"""Bidirectional attention over padded rows or packed sequences, and rotate-half rotary embeddings.
+"""Products of bidirectional attention: over padded rows, and within the sequences of a packed row.
 
-Shape legend: B rows, T tokens of a row, N tokens of a packed row, D hidden, H query heads, K key/value heads,
-h head size, S packed sequences, L longest sequence of a bucket.
+Shape legend: B rows, T tokens of a row, N tokens of a packed row, H query heads, K key/value heads, h head size,
+S packed sequences, L longest sequence of a bucket.
 """
 
+import inspect
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchtune.models.qwen2 import Qwen2RotaryPositionalEmbeddings
-from torchtune.modules import MultiHeadAttention, RMSNorm
 
-from dllm_jepa.kv_cache import KVCache
 from dllm_jepa.packing import PackedSequences
-
-AttentionMask = Tensor | PackedSequences | KVCache | None
-"""None: every token sees its whole row. bool [B, T]: True at real tokens. `PackedSequences`: tokens see their own.
-`KVCache`: the fed tokens see their whole row, of which it keeps the rest; `input_pos` then says which are fed."""
-
 
 PackedAttention = Callable[[Tensor, Tensor, Tensor, PackedSequences], Tensor]
 """Attention within each sequence of a packed row; arguments and result as of `bucketed_attention`."""
-
-
-class RotaryEmbedding(Qwen2RotaryPositionalEmbeddings):
-    """Rotate-half rotary embedding, computed in fp32 whatever the type of its input.
-
-    Both LLaDA and Dream store their query and key weights for this layout, so no weight has to be permuted.
-    """
-
-    cache: Tensor
-
-    def reset(self) -> None:
-        """Compute the table anew, in fp32, on the device it is on."""
-        with self.cache.device:
-            self.rope_init()  # type: ignore[no-untyped-call]
-
-    def forward(self, x: Tensor, input_pos: Tensor | None = None) -> Tensor:
-        """Rotate queries or keys.
-
-        Args:
-            x: [B, T, heads, h].
-            input_pos: int64 [B, T], position of each token in its sequence; None counts from 0 at the left edge.
-
-        Returns:
-            [B, T, heads, h], in the type of `x`.
-        """
-        cache = self.cache[: x.size(1)] if input_pos is None else self.cache[input_pos]
-        cos, _, sin, _ = cache.unsqueeze(-2).chunk(4, dim=-1)  # [B or -, T, 1, h / 2]; both halves have the same angles
-        first, second = x.float().view(*x.shape[:-1], 2, -1).unbind(-2)
-        rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2)
-        return rotated.flatten(-2).to(x.dtype)
-
-
-class CastRMSNorm(RMSNorm):
-    """RMSNorm that normalizes in fp32, casts back and only then multiplies by its weight, as both families do."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__(dim, eps)
-        # Compiled for any number of tokens, a module has open numbers for floats, and a layer with one is traced twice.
-        self._eps = repr(float(eps))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize over the last dimension; shape and type of `x` are kept."""
-        return F.rms_norm(x.float(), self.normalized_shape, eps=float(self._eps)).to(x.dtype) * self.scale
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -88,7 +40,6 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -
     ).transpose(1, 2)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it loops over lengths known on the host only
 def bucketed_attention(q: Tensor, k: Tensor, v: Tensor, packing: PackedSequences) -> Tensor:
     """Bidirectional attention within each sequence of a packed row: the reference, on any device and in any type.
 
@@ -116,39 +67,79 @@ def bucketed_attention(q: Tensor, k: Tensor, v: Tensor, packing: PackedSequences
     return rows.view_as(q)
 
 
-class BidirectionalAttention(MultiHeadAttention):
-    """Multi-head attention in which every token of a sequence sees all of it; grouped key/value heads allowed."""
+@cache
+def packed_kernel(name: str, *, compiled: bool = False) -> PackedAttention:
+    """A kernel for packed rows.
 
-    pos_embeddings: RotaryEmbedding
-    packed_attention: PackedAttention = staticmethod(bucketed_attention)  # `choose_packed_attention` sets another
+    Args:
+        name: `sdpa` is the reference on any device and in any type; `varlen` is the variable-length flash kernel, in
+            half precision; `flex` is flex attention with a mask of the sequences, compiled on its own.
+        compiled: as compiled layers call it: `sdpa` and `flex` are kept out of their graphs.
+    """
+    # The compiler and the kernels of GPUs are imported by whoever needs them: they take as long as torch itself.
+    if name == "sdpa":
+        return torch.compiler.disable(bucketed_attention) if compiled else bucketed_attention  # type: ignore[no-untyped-call]
+    if name == "flex":
+        flex = _flex_attention()
+        return torch.compiler.disable(flex, recursive=False) if compiled else flex  # type: ignore[no-untyped-call]
+    assert name == "varlen", name
+    return _varlen_attention()
 
-    def forward(  # type: ignore[override]  # the mask may be more than a tensor
-        self, x: Tensor, y: Tensor | None = None, *, mask: AttentionMask = None, input_pos: Tensor | None = None
-    ) -> Tensor:
-        """Self-attention.
 
-        Args:
-            x: [B, T, D].
-            y: not used; part of the signature because torchtune's layer passes its input twice.
-            mask: see `AttentionMask`.
-            input_pos: int64 [B, T], position of each token in its sequence.
+@cache
+def _varlen_attention() -> PackedAttention:
+    from torch.nn.attention.varlen import varlen_attn
 
-        Returns:
-            [B, T, D].
-        """
-        # Not `self.head_dim`: compiled for any number of tokens, a sharded layer takes its integers for unknown, too,
-        # and kernels for an unknown head size are slow, or there are none. Sizes of its tables are known.
-        head_dim = self.pos_embeddings.cache.size(-1) // 2
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )  # [B, T, H or K, h]
-        q = self.pos_embeddings(q, input_pos=input_pos)
-        k = self.pos_embeddings(k, input_pos=input_pos)
-        if isinstance(mask, PackedSequences):
-            out = self.packed_attention(q[0], k[0], v[0], mask).unsqueeze(0)
-        elif isinstance(mask, KVCache):
-            out = padded_attention(q, *mask.update(self, k, v, input_pos), mask.key_mask)
-        else:
-            out = padded_attention(q, k, v, mask)
-        projected: Tensor = self.output_proj(out.flatten(-2))
-        return projected
+    # torch 2.11 has no such argument; later versions refuse grouped heads without it.
+    has_argument = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    grouped: dict[str, Any] = {"enable_gqa": True} if has_argument else {}
+
+    def varlen_attention(q: Tensor, k: Tensor, v: Tensor, packing: PackedSequences) -> Tensor:
+        bounds, longest = packing.cu_seqlens, packing.max_seqlen
+        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, **grouped)
+        assert isinstance(out, Tensor), type(out)  # a pair only when the log-sum-exp is asked for
+        return out
+
+    return varlen_attention
+
+
+@cache
+def _flex_attention() -> PackedAttention:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    attend: Callable[..., Any] = torch.compile(flex_attention, dynamic=True)
+    # Computed once per packing, not traced into a layer.
+    block_mask: Callable[[PackedSequences], Any] = torch.compiler.disable(lambda packing: packing.block_mask)  # type: ignore[no-untyped-call]
+
+    def flex_attention_of_packed(q: Tensor, k: Tensor, v: Tensor, packing: PackedSequences) -> Tensor:
+        rows = (heads.transpose(0, 1).unsqueeze(0) for heads in (q, k, v))  # [1, H or K, N, h]
+        out: Tensor = attend(*rows, block_mask=block_mask(packing), enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    return flex_attention_of_packed
+
+
+def fastest_kernel(
+    device_type: str, capability: tuple[int, int] | None, compute_dtype: torch.dtype, head_dim: int
+) -> str:
+    """Name of the fastest kernel that is right for a run; all of them take grouped heads.
+
+    fp32 stays with the reference on GPUs, too: what is computed in fp32 is computed to be compared.
+
+    Args:
+        device_type: as of a `torch.device`.
+        capability: of the GPU; None on another device.
+        compute_dtype: type of queries, keys and values.
+        head_dim: head size.
+
+    Returns:
+        A name that `packed_kernel` knows.
+    """
+    if device_type != "cuda" or capability is None or capability < (8, 0):
+        return "sdpa"
+    if compute_dtype not in (torch.bfloat16, torch.float16):
+        return "sdpa"
+    # Flash kernels of larger heads have no backward pass on some of these GPUs.
+    if head_dim % 8 == 0 and head_dim <= 192:
+        return "varlen"
+    return "flex" if head_dim >= 16 else "sdpa"  # the smallest matrix product of Triton

@@ -6,7 +6,6 @@ Shape legend: N tokens, I inputs and O outputs of a layer.
 from dataclasses import replace
 
 from torch import nn
-from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
 from dllm_jepa.errors import ConfigError
 
@@ -41,6 +40,8 @@ def use_float8(module: nn.Module, *, emulate: bool = False) -> nn.Module:
 
     Source: torchao's recipe "rowwise".
     """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # takes longer to import than torch
+
     for name, layer in module.named_modules():
         if not isinstance(layer, nn.Linear) or not _is_converted(layer, name):
             continue

@@ -33,31 +33,21 @@ class TokenLosses(NamedTuple):
 
 
 class Head(nn.Linear):
-    """The layer from hidden states to logits; it can also go on to the loss, so that its logits are never whole.
+    """The layer from hidden states to logits, and from hidden states to losses without ever holding all logits.
 
     Args:
         embed_dim: D.
         vocab_size: V.
     """
 
+    forward_methods = ("cross_entropy",)  # see `training.shard`
+
     def __init__(self, embed_dim: int, vocab_size: int) -> None:
         super().__init__(embed_dim, vocab_size, bias=False)
 
-    def forward(  # type: ignore[override]
-        self, input: Tensor, loss: Callable[[Tensor, Tensor], TokenLosses] | None = None
-    ) -> Tensor | TokenLosses:
-        """Logits, or what `loss` makes of the hidden states and the weight.
-
-        The loss is called in here because this is where a sharded weight is whole.
-
-        Args:
-            input: [..., D], hidden states.
-            loss: takes the hidden states and the weight [V, D]; None for logits.
-
-        Returns:
-            Logits [..., V], or the result of `loss`.
-        """
-        return F.linear(input, self.weight) if loss is None else loss(input, self.weight)
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, token_weights: Tensor, **options: Any) -> TokenLosses:
+        """`linear_cross_entropy` with the weight of the head."""
+        return linear_cross_entropy(hidden, self.weight, labels, token_weights, **options)
 
 
 def chunk_loss(logits: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
@@ -87,7 +77,7 @@ def chunk_loss(logits: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
 
 
 def compiled_chunk_loss() -> ChunkLoss:
-    """`chunk_loss`, compiled for any number of tokens, with the backend of torchtune's `compile_model`."""
+    """`chunk_loss`, compiled for any number of tokens, with the backend of `Backbone.compile_layers`."""
     backend = os.environ.get("TORCH_COMPILE_BACKEND", "inductor")
     compiled: ChunkLoss = torch.compile(chunk_loss, dynamic=True, fullgraph=True, backend=backend)
     return compiled

@@ -1,27 +1,82 @@
 """LoRA, DoRA and QLoRA as a change to a built model, and the first weights of its adapters.
 
-Shape legend: r rank, I inputs of a linear layer.
+Shape legend: r rank, I inputs and O outputs of a linear layer.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchao.dtypes.nf4tensor import linear_nf4, to_nf4
-from torchtune.modules.low_precision import FrozenNF4Linear
-from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from dllm_jepa.models._init import InitialWeights
-from dllm_jepa.models._lora_settings import ATTN_MODULES, MLP_MODULES, LoRASettings
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
 
+ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
+MLP_MODULES = ("w1", "w2", "w3")
 ADAPTER_SUFFIXES = (".lora_a.weight", ".lora_b.weight", ".magnitude")
 
 # torchao quantizes blocks of 64 weights, and then the scales of 256 blocks.
 _NF4_BLOCK = 64 * 256
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """What the adapters of a model are like.
+
+    Args:
+        attn_modules: projections of the attention that get an adapter, of `ATTN_MODULES`.
+        apply_to_mlp: whether the three layers of the feed-forward get one, too.
+        rank: r.
+        alpha: the product B A is scaled by alpha / r.
+        dropout: share of the inputs of an adapter that is dropped, in [0, 1).
+        use_dora: learn the norms of the rows of each weight besides (DoRA).
+        quantize_base: keep the frozen linear layers in NF4 (QLoRA).
+    """
+
+    attn_modules: Sequence[str]
+    apply_to_mlp: bool
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    use_dora: bool = False
+    quantize_base: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values, which may come from a config or a file.
+
+        Raises:
+            ValueError: naming the argument of the builders, the value and what is allowed.
+        """
+        object.__setattr__(self, "attn_modules", tuple(self.attn_modules))  # yaml and JSON give lists
+        if wrong := [name for name in self.attn_modules if name not in ATTN_MODULES]:
+            raise ValueError(f"lora_attn_modules: no module {', '.join(wrong)}; there are {', '.join(ATTN_MODULES)}")
+        if len(set(self.attn_modules)) != len(self.attn_modules):
+            raise ValueError(f"lora_attn_modules names a module twice: {', '.join(self.attn_modules)}")
+        if not self.attn_modules and not self.apply_to_mlp:
+            raise ValueError(
+                f"no adapters: give lora_attn_modules some of {', '.join(ATTN_MODULES)}, or set apply_lora_to_mlp: true"
+            )
+        if self.rank < 1:
+            raise ValueError(f"lora_rank must be at least 1, got {self.rank}")
+        if not 0 < self.alpha < math.inf:  # nor nan
+            raise ValueError(f"lora_alpha must be above 0 and finite, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def scaling(self) -> float:
+        """What the product B A is multiplied by."""
+        return self.alpha / self.rank
+
+    def module_names(self) -> tuple[str, ...]:
+        """The linear layers of a transformer layer that get an adapter, as `attn.q_proj`."""
+        mlp = MLP_MODULES if self.apply_to_mlp else ()
+        return (*(f"attn.{name}" for name in self.attn_modules), *(f"mlp.{name}" for name in mlp))
 
 
 class WeightSource(Protocol):
@@ -36,7 +91,7 @@ def add_lora(model: MaskedDiffusionLM, settings: LoRASettings) -> MaskedDiffusio
     """Freeze a model and add adapters to its transformer layers, in place.
 
     Args:
-        model: a model without adapters. Its weights are kept, unless they are quantized.
+        model: a model without adapters. Its parameters are kept, but for those that are quantized.
         settings: where, and of which kind.
 
     Returns:
@@ -57,10 +112,10 @@ def add_lora(model: MaskedDiffusionLM, settings: LoRASettings) -> MaskedDiffusio
                     f"quantize_base: layer {number} has {linear.weight.numel()} weights in {name}, and NF4 needs a "
                     f"multiple of {_NF4_BLOCK}; set quantize_base: false, or take a wider model"
                 )
+            if settings.quantize_base:
+                _quantize(linear)
             if name in adapted:
-                layer.set_submodule(name, _adapted(linear, settings))
-            elif settings.quantize_base:
-                layer.set_submodule(name, _quantized(linear))
+                layer.set_submodule(name, (DoRALinear if settings.use_dora else LoRALinear)(linear, settings))
     return model
 
 
@@ -135,6 +190,8 @@ class LoRAWeights:
             return self._adapters.read(name, rows)
         of = f"{name.removesuffix('.magnitude')}.weight"
         if self._is_quantized:  # its blocks do not end with rows
+            from torchao.dtypes.nf4tensor import to_nf4
+
             weight = to_nf4(self._base.read(of).to(self._dtype)).get_original_weight()
             weight = weight if rows is None else weight[rows]
         else:
@@ -150,58 +207,71 @@ def adapted_modules(model: MaskedDiffusionLM) -> Iterator[str]:
         yield from (f"backbone.layers.{number}.{name}" for name in model.lora.module_names())
 
 
-class _DoRALinear(DoRALinear):
-    """DoRA that computes what its merged weight does, as PEFT's: torchtune's scales a bias like the rows of the weight.
+class LoRALinear(nn.Module):
+    """A frozen linear layer with an adapter: `W x + b + scaling * B A dropout(x)`.
+
+    Args:
+        linear: the layer, whose parameters are taken over; its weight may be in NF4.
+        settings: rank, scaling and dropout.
+
+    Source: LoRA, arXiv 2106.09685.
+    """
+
+    def __init__(self, linear: nn.Linear, settings: LoRASettings) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.scaling = settings.scaling
+        self.dropout = nn.Dropout(settings.dropout) if settings.dropout > 0 else nn.Identity()
+        with linear.weight.device:
+            self.lora_a = nn.Linear(linear.in_features, settings.rank, bias=False)
+            self.lora_b = nn.Linear(settings.rank, linear.out_features, bias=False)
+        nn.init.zeros_(self.lora_b.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape [..., I] to [..., O]."""
+        out = F.linear(x, self.weight, self.bias)
+        update: Tensor = self.scaling * self.lora_b(self.lora_a(self.dropout(x)))
+        return out + update
+
+
+class DoRALinear(LoRALinear):
+    """A frozen linear layer with an adapter and trained norms of the rows of their sum; computes as PEFT's.
 
     The result has the type of the base's product: fp32 magnitudes would make it fp32 under autocast, and keep it from
     the half-precision attention kernels.
 
-    Source: https://github.com/huggingface/peft (`DoraLinearLayer`).
+    Args:
+        linear: see `LoRALinear`.
+        settings: see `LoRALinear`.
+
+    Source: DoRA, arXiv 2402.09353; https://github.com/huggingface/peft (`DoraLinearLayer`).
     """
 
+    def __init__(self, linear: nn.Linear, settings: LoRASettings) -> None:
+        super().__init__(linear, settings)
+        # Of a quantized weight, too, norms are those of what it computes with.
+        self.magnitude = nn.Parameter(torch.linalg.norm(linear.weight.detach().to(torch.float32), dim=1))
+
     def forward(self, x: Tensor) -> Tensor:
-        """The product with the merged weight, and the bias; shape [..., I] to [..., O]."""
-        weight = self.get_parameter("weight")
-        product: Tensor = linear_nf4(input=x, weight=weight) if self._quantize_base else F.linear(x, weight)
+        """Shape [..., I] to [..., O]."""
+        product = F.linear(x, self.weight)
         x = self.dropout(x)
         with torch.no_grad():
             # lora_a and lora_b are called, not multiplied: autocast and FSDP know calls.
-            eye = torch.eye(self.in_dim, device=x.device, dtype=x.dtype)
-            merged = weight.to(x.dtype) + self.scaling * self.lora_b(self.lora_a(eye)).T
+            eye = torch.eye(self.weight.size(1), device=x.device, dtype=x.dtype)
+            merged = self.weight.to(x.dtype) + self.scaling * self.lora_b(self.lora_a(eye)).T
             # Half-precision norms would be off by up to 0.4 %, and a merge, which has exact ones, another model.
             norms = torch.linalg.norm(merged.to(torch.promote_types(merged.dtype, torch.float32)), dim=1)
         scale = self.magnitude / norms
-        out = (product + (scale - 1) * product + scale * self.lora_b(self.lora_a(x)) * self.scaling).to(product.dtype)
-        biased: Tensor = out if self.bias is None else out + self.bias
-        return biased
-
-
-def _adapted(linear: nn.Linear, settings: LoRASettings) -> nn.Module:
-    build = _DoRALinear if settings.use_dora else LoRALinear
-    with linear.weight.device:
-        adapted: nn.Module = build(
-            linear.in_features,
-            linear.out_features,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            dropout=settings.dropout,
-            use_bias=linear.bias is not None,
-            quantize_base=settings.quantize_base,
+        out: Tensor = (product + (scale - 1) * product + scale * self.lora_b(self.lora_a(x)) * self.scaling).to(
+            product.dtype
         )
-    if not settings.quantize_base:
-        adapted.register_parameter("weight", linear.get_parameter("weight"))
-    if isinstance(linear.bias, nn.Parameter):
-        adapted.register_parameter("bias", linear.bias)
-    for name, param in adapted.named_parameters():
-        param.requires_grad_(is_adapter(f".{name}"))
-    if isinstance(adapted, DoRALinear) and not linear.weight.is_meta:
-        adapted.initialize_dora_magnitude()  # type: ignore[no-untyped-call]
-    return adapted
+        return out if self.bias is None else out + self.bias
 
 
-def _quantized(linear: nn.Linear) -> nn.Module:
-    with linear.weight.device:
-        quantized: nn.Module = FrozenNF4Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
-    if isinstance(linear.bias, nn.Parameter):
-        quantized.register_parameter("bias", linear.bias)
-    return quantized.requires_grad_(False)
+def _quantize(linear: nn.Linear) -> None:
+    """Put the weight in NF4: `F.linear` of torchao's tensor multiplies by what it stands for."""
+    from torchao.dtypes.nf4tensor import to_nf4  # takes longer to import than torch
+
+    linear.weight = nn.Parameter(to_nf4(linear.weight.detach()), requires_grad=False)

@@ -3,18 +3,17 @@
 Shape legend: B rows, T tokens of a row, D hidden, V vocabulary, n positions to score.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchtune.modules import FeedForward, TransformerSelfAttentionLayer
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from dllm_jepa.errors import ConfigError
-from dllm_jepa.models._attention import AttentionMask, BidirectionalAttention, CastRMSNorm, RotaryEmbedding
+from dllm_jepa.models._layers import AttentionMask, RMSNorm, RotaryEmbedding, TransformerLayer, TransformerSizes
 from dllm_jepa.models._linear_cross_entropy import (
     ChunkLoss,
     Head,
@@ -23,54 +22,10 @@ from dllm_jepa.models._linear_cross_entropy import (
     compiled_chunk_loss,
     linear_cross_entropy,
 )
-from dllm_jepa.models._lora_settings import LoRASettings
 from dllm_jepa.packing import PackedSequences
 
-
-@dataclass(frozen=True)
-class TransformerSizes:
-    """Numbers that fix an architecture.
-
-    Args:
-        vocab_size: rows of the embedding, ids without a token included.
-        embed_dim: hidden size D.
-        num_layers: transformer layers.
-        num_heads: query heads.
-        num_kv_heads: key/value heads; a divisor of `num_heads`.
-        mlp_dim: width of the feed-forward layer.
-        max_seq_len: longest sequence in tokens.
-        rope_base: base of the rotary frequencies.
-        norm_eps: epsilon of the RMSNorms.
-        tie_embeddings: the head reuses the embedding.
-    """
-
-    vocab_size: int
-    embed_dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    mlp_dim: int
-    max_seq_len: int
-    rope_base: float
-    norm_eps: float
-    tie_embeddings: bool = False
-
-    def __post_init__(self) -> None:
-        """Check that the sizes fit each other.
-
-        Raises:
-            ValueError: naming the two sizes that do not fit.
-        """
-        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.embed_dim % self.num_heads or (self.embed_dim // self.num_heads) % 2:
-            raise ValueError(
-                f"embed_dim ({self.embed_dim}) must be an even multiple of num_heads ({self.num_heads}): "
-                "rotary embeddings rotate pairs"
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+if TYPE_CHECKING:
+    from dllm_jepa.models._lora import LoRASettings
 
 
 class Backbone(nn.Module):
@@ -81,8 +36,8 @@ class Backbone(nn.Module):
         self.max_seq_len = sizes.max_seq_len
         rope = RotaryEmbedding(sizes.embed_dim // sizes.num_heads, sizes.max_seq_len, sizes.rope_base)
         self.tok_embeddings = nn.Embedding(sizes.vocab_size, sizes.embed_dim)
-        self.layers = nn.ModuleList(_build_layer(sizes, rope, attn_bias) for _ in range(sizes.num_layers))
-        self.norm = CastRMSNorm(sizes.embed_dim, eps=sizes.norm_eps)
+        self.layers = nn.ModuleList(TransformerLayer(sizes, rope, attn_bias=attn_bias) for _ in range(sizes.num_layers))
+        self.norm = RMSNorm(sizes.embed_dim, eps=sizes.norm_eps)
 
     def forward(
         self,
@@ -119,15 +74,25 @@ class Backbone(nn.Module):
         normed: Tensor = self.norm(hidden)
         return normed
 
+    def compile_layers(self) -> None:
+        """Compile every layer, with the backend that the environment variable TORCH_COMPILE_BACKEND names."""
+        for layer in self.layers:
+            layer.compile(backend=os.environ.get("TORCH_COMPILE_BACKEND", "inductor"))
+
+    def checkpoint_layers(self) -> None:
+        """Keep only the inputs of every layer for the backward pass, which computes the rest again; compile before."""
+        for number, layer in enumerate(self.layers):
+            self.layers[number] = checkpoint_wrapper(layer)
+
 
 class MaskedDiffusionLM(nn.Module):
-    """A backbone with its head: hidden states, and the logits of chosen tokens only.
+    """A backbone with its head: `forward` gives hidden states, `score` and `logits` what the head makes of some.
 
     Args:
         sizes: numbers of the architecture.
         family: `model_type` of the published config.json.
         shift_logits: token i is scored from hidden state i - 1 (Dream) instead of i (LLaDA). Callers always ask for
-            the logits *of token i*; the shift is applied inside.
+            scores *of token i*; the shift is applied inside.
         attn_bias: query, key and value projections have biases.
     """
 
@@ -147,13 +112,9 @@ class MaskedDiffusionLM(nn.Module):
         *,
         attention_mask: AttentionMask = None,
         input_pos: Tensor | None = None,
-        logits_at: Tensor | None = None,
-        labels: Tensor | None = None,
-        token_weights: Tensor | None = None,
-        chunk_tokens: int | None = None,
         hidden_at: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | TokenLosses | None]:
-        """Hidden states of all tokens, and logits of the chosen ones or, with `labels`, their losses.
+    ) -> Tensor:
+        """Hidden states after the final norm.
 
         Args:
             tokens: int64 [B, T].
@@ -162,33 +123,72 @@ class MaskedDiffusionLM(nn.Module):
                 is real.
             input_pos: int64 [B, T], position of each token in its sequence; None counts from 0 at the left edge, pads
                 included (for a packed row: from the start of each sequence).
-            logits_at: int64 [n], flat positions b * T + i whose token is to be scored; None for no logits. A shifted
-                model has no hidden state before the first token of a sequence and scores it, as the published code
-                does, from its own. Where only some columns are fed, it needs the one before each that is scored.
-            labels: int64 [n], the right tokens at `logits_at`; None for logits instead of losses.
-            token_weights: fp32 [n], their weights in the loss; with `labels`.
-            chunk_tokens: most tokens to score at a time, at least 1: bounds the memory of the logits; with `labels`.
-            hidden_at: see `Backbone.forward`; without `logits_at`.
+            hidden_at: see `Backbone.forward`.
 
         Returns:
-            hidden [B, T, D] (or [1, m, D], see `hidden_at`) after the final norm, and logits [n, V], `TokenLosses` or
-            None.
-
-        Raises:
-            ValueError: if `labels` come without what they need, or `hidden_at` with `logits_at`.
+            [B, T, D], or [1, m, D] with `hidden_at`.
         """
-        if hidden_at is not None and logits_at is not None:
-            raise ValueError("logits_at counts in all hidden states: give it without hidden_at")
-        loss = None if labels is None else self._loss(logits_at, labels, token_weights, chunk_tokens)
         mask = attention_mask.bool() if isinstance(attention_mask, Tensor) else attention_mask
         if isinstance(mask, PackedSequences) and input_pos is None:
             input_pos = _packed_positions(mask, tokens.size(1))
-        hidden = self.backbone(tokens, mask=mask, input_pos=input_pos, hidden_at=hidden_at)
-        if logits_at is None:
-            return hidden, None
+        hidden: Tensor = self.backbone(tokens, mask=mask, input_pos=input_pos, hidden_at=hidden_at)
+        return hidden
+
+    def score(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        *,
+        labels: Tensor,
+        token_weights: Tensor,
+        chunk_tokens: int,
+        attention_mask: AttentionMask = None,
+    ) -> TokenLosses:
+        """Losses of some tokens; only `chunk_tokens` rows of logits are there at any time.
+
+        Args:
+            hidden: [B, T, D], hidden states of all tokens.
+            positions: int64 [n], see `scored_from`.
+            labels: int64 [n], the right tokens at `positions`.
+            token_weights: fp32 [n], their weights in the sum; they get no gradient.
+            chunk_tokens: most tokens to score at a time, at least 1.
+            attention_mask: what `forward` was given.
+
+        Returns:
+            The weighted sum, with gradient, and the loss of every token.
+        """
+        scored = self.scored_from(hidden, positions, attention_mask)
+        options: Any = {"chunk_tokens": chunk_tokens, "chunk_loss": self._chunk_loss}
+        if self.head is None:
+            return linear_cross_entropy(scored, self.backbone.tok_embeddings.weight, labels, token_weights, **options)
+        return self.head.cross_entropy(scored, labels, token_weights, **options)
+
+    def logits(self, hidden: Tensor, positions: Tensor, *, attention_mask: AttentionMask = None) -> Tensor:
+        """Logits [n, V] of some tokens; arguments as of `score`."""
+        scored = self.scored_from(hidden, positions, attention_mask)
+        logits: Tensor = (
+            F.linear(scored, self.backbone.tok_embeddings.weight) if self.head is None else self.head(scored)
+        )
+        return logits
+
+    def scored_from(self, hidden: Tensor, positions: Tensor, attention_mask: AttentionMask = None) -> Tensor:
+        """The hidden states that the head scores some tokens from.
+
+        A shifted model has no hidden state before the first token of a sequence and scores it, as the published code
+        does, from its own. Where only some columns are fed, it needs the one before each that is scored.
+
+        Args:
+            hidden: [B, T, D], hidden states of all tokens.
+            positions: int64 [n], flat positions b * T + i of the tokens.
+            attention_mask: what `forward` was given.
+
+        Returns:
+            [n, D].
+        """
         if self.shift_logits:
-            logits_at = logits_at - (~_is_first(tokens, attention_mask))[logits_at].long()
-        return hidden, self._score(hidden.flatten(0, 1)[logits_at], loss)
+            is_first = _is_first(hidden, attention_mask)
+            positions = positions - (~is_first[positions]).long()
+        return hidden.flatten(0, 1)[positions]
 
     def token_logits(self, tokens: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
         """Logits of every token: for generation, likelihoods and tests, never for training.
@@ -200,10 +200,9 @@ class MaskedDiffusionLM(nn.Module):
         Returns:
             [B, T, V]; entry [b, i] scores token i.
         """
+        hidden = self(tokens, attention_mask=attention_mask)
         everywhere = torch.arange(tokens.numel(), device=tokens.device)
-        _, logits = self(tokens, attention_mask=attention_mask, logits_at=everywhere)
-        assert isinstance(logits, Tensor)
-        return logits.view(*tokens.shape, -1)
+        return self.logits(hidden, everywhere, attention_mask=attention_mask).view(*tokens.shape, -1)
 
     def check_fits(self, *, vocab_size: int, max_seq_len: int) -> None:
         """Refuse a tokenizer or a sequence length that the model has no place for.
@@ -235,94 +234,19 @@ class MaskedDiffusionLM(nn.Module):
         """What a sharded model gathers one by one, in the order of use: the layers, and the head if there is one."""
         return [*self.backbone.layers, *([] if self.head is None else [self.head])]
 
-    def compile_loss(self) -> None:
-        """Compile what turns logits into losses and their gradient, as `compile_model` of torchtune does the layers."""
+    @property
+    def scorer(self) -> nn.Module:
+        """The module whose weights score tokens: the head or, with tied embeddings, the model itself."""
+        return self if self.head is None else self.head
+
+    def compile_layers(self) -> None:
+        """Compile every layer of the backbone, and what turns logits into losses and their gradient."""
+        self.backbone.compile_layers()
         self._chunk_loss = compiled_chunk_loss()
 
-    def _loss(
-        self, logits_at: Tensor | None, labels: Tensor, token_weights: Tensor | None, chunk_tokens: int | None
-    ) -> Callable[[Tensor, Tensor], TokenLosses]:
-        """The loss as a function of hidden states and the head's weight."""
-        needed = {"logits_at": logits_at, "token_weights": token_weights, "chunk_tokens": chunk_tokens}
-        missing = [name for name, value in needed.items() if value is None]
-        if token_weights is None or chunk_tokens is None or missing:
-            raise ValueError(f"labels come with {', '.join(needed)}; missing: {', '.join(missing)}")
-        return partial(
-            linear_cross_entropy,
-            labels=labels,
-            token_weights=token_weights,
-            chunk_tokens=chunk_tokens,
-            chunk_loss=self._chunk_loss,
-        )
-
-    def _score(self, hidden: Tensor, loss: Callable[[Tensor, Tensor], TokenLosses] | None) -> Tensor | TokenLosses:
-        if self.head is not None:
-            scores: Tensor | TokenLosses = self.head(hidden, loss)
-            return scores
-        weight = self.backbone.tok_embeddings.weight
-        return F.linear(hidden, weight) if loss is None else loss(hidden, weight)
-
-
-def init_rope(module: nn.Module) -> None:
-    """Compute the rotary tables anew on the device they are on, in fp32.
-
-    They are no weights: a module built on the meta device, or cast to another type, needs this call.
-    """
-    for submodule in module.modules():
-        if isinstance(submodule, RotaryEmbedding):
-            submodule.reset()
-
-
-class _Layer(TransformerSelfAttentionLayer):
-    """A layer that is compiled for any number of rows and tokens: in training nearly every batch has its own."""
-
-    is_compiled = False
-
-    def forward(  # type: ignore[override]  # the mask may be more than a tensor, and some tokens left out
-        self,
-        x: Tensor,
-        *,
-        mask: AttentionMask = None,
-        input_pos: Tensor | None = None,
-        hidden_at: Tensor | None = None,
-    ) -> Tensor:
-        """Attention and feed-forward, each added to its input: [B, T, D], or [1, m, D] of the tokens at `hidden_at`."""
-        normed = self.sa_norm(x)
-        hidden = x + self.attn(normed, normed, mask=mask, input_pos=input_pos)
-        if hidden_at is not None:
-            hidden = hidden.flatten(0, 1).index_select(0, hidden_at).unsqueeze(0)
-        updated: Tensor = hidden + self.mlp(self.mlp_norm(hidden))
-        return updated
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        super().compile(*args, **{"dynamic": True, **kwargs})
-        self.is_compiled = True
-
-
-def _build_layer(sizes: TransformerSizes, rope: RotaryEmbedding, attn_bias: bool) -> TransformerSelfAttentionLayer:
-    dim, head_dim = sizes.embed_dim, sizes.embed_dim // sizes.num_heads
-    kv_dim = sizes.num_kv_heads * head_dim
-    attn = BidirectionalAttention(
-        embed_dim=dim,
-        num_heads=sizes.num_heads,
-        num_kv_heads=sizes.num_kv_heads,
-        head_dim=head_dim,
-        q_proj=nn.Linear(dim, dim, bias=attn_bias),
-        k_proj=nn.Linear(dim, kv_dim, bias=attn_bias),
-        v_proj=nn.Linear(dim, kv_dim, bias=attn_bias),
-        output_proj=nn.Linear(dim, dim, bias=False),
-        pos_embeddings=rope,
-        max_seq_len=sizes.max_seq_len,
-        is_causal=False,
-    )
-    mlp = FeedForward(
-        gate_proj=nn.Linear(dim, sizes.mlp_dim, bias=False),
-        down_proj=nn.Linear(sizes.mlp_dim, dim, bias=False),
-        up_proj=nn.Linear(dim, sizes.mlp_dim, bias=False),
-    )
-    return _Layer(
-        attn, mlp, sa_norm=CastRMSNorm(dim, eps=sizes.norm_eps), mlp_norm=CastRMSNorm(dim, eps=sizes.norm_eps)
-    )
+    def checkpoint_layers(self) -> None:
+        """See `Backbone.checkpoint_layers`."""
+        self.backbone.checkpoint_layers()
 
 
 def _packed_positions(packing: PackedSequences, num_tokens: int) -> Tensor:
@@ -332,11 +256,12 @@ def _packed_positions(packing: PackedSequences, num_tokens: int) -> Tensor:
     return (row - starts.repeat_interleave(lengths, output_size=num_tokens)).unsqueeze(0)
 
 
-def _is_first(tokens: Tensor, attention_mask: AttentionMask) -> Tensor:
+def _is_first(hidden: Tensor, attention_mask: AttentionMask) -> Tensor:
     """Bool [B * T], True at the first token of every sequence."""
-    first = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device)
+    num_rows, num_tokens, _ = hidden.shape
+    first = torch.zeros(num_rows * num_tokens, dtype=torch.bool, device=hidden.device)
     if isinstance(attention_mask, PackedSequences):
         first[attention_mask.cu_seqlens[:-1].long()] = True
     else:
-        first[:: tokens.size(1)] = True
+        first[::num_tokens] = True
     return first

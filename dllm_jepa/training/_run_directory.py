@@ -11,6 +11,7 @@ output_dir/
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,11 +20,11 @@ from types import TracebackType
 from typing import Any
 
 from dllm_jepa.errors import CheckpointError, ConfigError, LaunchError
-from dllm_jepa.files import write_atomically
+from dllm_jepa.files import free_name, write_atomically
 from dllm_jepa.training._lock import RunLock
 from dllm_jepa.training._ranks import Ranks
 from dllm_jepa.training._run_files import MetricsFile, StatusFile, is_restart
-from dllm_jepa.training._signals import Stopped
+from dllm_jepa.training._signals import STOPPED_EXIT_CODE, Stopped
 from dllm_jepa.training.checkpoint import (
     MANIFEST_NAME,
     SavedCheckpoint,
@@ -93,14 +94,20 @@ class RunDirectory:
         Args:
             max_steps: steps that it is meant to have; None if they follow from the data.
             exports: the models that it is meant to leave, names of `exports`.
+
+        Raises:
+            LaunchError: if steps are to be added to it, which its export stands in the way of.
         """
         done = self._found["step"] if self._found.get("state") == "finished" else None
-        if self._resume != "auto" or done is None or (max_steps is not None and done < max_steps):
+        if self._resume != "auto" or done is None:
+            return False
+        if max_steps is not None and done < max_steps:
+            self._check_exports(max_steps)
             return False
         if self.missing(exports):
             return False
         if self._ranks.is_rank_zero:
-            print(f"{self.path} holds a finished run of {done} steps: nothing to do. To add steps, set max_steps")
+            print(f"{self.path} holds a finished run of {done} steps: nothing to do. {self._to_add_steps(2 * done)}")
         return True
 
     def missing(self, exports: Sequence[str]) -> list[str]:
@@ -116,13 +123,8 @@ class RunDirectory:
         """
         if self.resume_from is not None and num_steps < self.start_step:
             raise ConfigError(f"{self.resume_from.path} is past the last of {num_steps} steps: raise max_steps")
-        missing = self.missing([*self.exports])
-        exported = [str(path) for part, path in self.exports.items() if part not in missing]
-        if exported and self.start_step < num_steps:
-            raise LaunchError(
-                f"output_dir={self.path} holds the export of a run that came to its end: move {' and '.join(exported)} "
-                f"away to go on from step {self.start_step} to step {num_steps}"
-            )
+        if self.start_step < num_steps:
+            self._check_exports(num_steps)
 
     def open(self, config_yaml: str, changes: Sequence[str] = ()) -> None:
         """Take the directory into use, on all ranks at once: from here on it holds this run.
@@ -160,8 +162,9 @@ class RunDirectory:
                 self._record("failed", str(lost[0]))
         elif writes and isinstance(error, Stopped):
             self._record("stopped", error.reason)
-            saved = list_checkpoints(self.checkpoints)[-1]
-            print(f"stopped by {error.reason} with {saved} saved: go on by resume=auto", file=sys.stderr)
+            if error.code == STOPPED_EXIT_CODE:
+                saved = list_checkpoints(self.checkpoints)[-1]
+                print(f"stopped by {error.reason} with {saved} saved: go on by resume=auto", file=sys.stderr)
         elif writes and error is not None:
             self._record("failed", f"{type(error).__name__}: {error}")
         elif writes:
@@ -192,11 +195,37 @@ class RunDirectory:
         held += [self.checkpoints.name] if saved else []
         if self._resume == "never" and held:
             hint = ", or go on with it by resume=auto" if saved else ""
+            if status.get("state") == "finished" and saved:
+                hint = f". {self._to_add_steps(2 * status['step'])}"
             raise LaunchError(
                 f"output_dir={self.path} already holds a run ({', '.join(held)}); nothing is overwritten: choose "
                 f"another output_dir{hint}"
             )
         return status, self._resume
+
+    def _check_exports(self, num_steps: int) -> None:
+        """Refuse to do steps up to `num_steps` beside the export of a run that came to its end without them."""
+        exported = self._ranks.on_rank_zero(self._exported)
+        if exported and self.resume_from is None:
+            raise LaunchError(
+                f"output_dir={self.path} holds the export of a run that saved no training state, so no steps can be "
+                f"added to it: start another run from that model, with checkpoint_dir={exported[0]} and an output_dir "
+                "of its own"
+            )
+        if exported:
+            raise LaunchError(
+                f"output_dir={self.path} holds the export of a run that came to its end. "
+                + self._ranks.on_rank_zero(lambda: self._to_add_steps(num_steps))
+            )
+
+    def _exported(self) -> list[Path]:
+        return [path for path in self.exports.values() if path.exists()]
+
+    def _to_add_steps(self, num_steps: int) -> str:
+        """What to type for a finished run to go on to `num_steps`."""
+        moves = [shlex.join(("mv", str(path), str(free_name(path, "_before")))) for path in self._exported()]
+        line = command_line(max_steps=num_steps, resume="auto", resume_override="true")
+        return "\n  ".join([f"To go on to step {num_steps}, with the schedule stretched to it, type:", *moves, line])
 
     def _check_start(self) -> None:
         """Refuse to begin anew beside checkpoints that are looked for in another place."""
@@ -251,3 +280,13 @@ def saved_states(path: Path) -> list[Path]:
     newest = StatusFile(path / "status.json").read().get("checkpoint")
     folders = [path, path / "checkpoints", *([] if newest is None else [Path(newest).parent])]
     return next((found for folder in folders if (found := list_checkpoints(folder))), [])
+
+
+def command_line(**overrides: object) -> str:
+    """The line that has started this run, as it is typed, with some keys set anew."""
+    script, num_local = Path(sys.argv[0]), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    is_near = script.is_file() and script.absolute().is_relative_to(Path.cwd())
+    recipe = os.path.relpath(script) if is_near else script.stem  # of the package's recipes the name is enough
+    options = [] if num_local == "1" else ["--nproc_per_node", num_local]
+    kept = [word for word in sys.argv[1:] if word.partition("=")[0] not in overrides]
+    return shlex.join(["tune", "run", *options, recipe, *kept, *(f"{key}={value}" for key, value in overrides.items())])

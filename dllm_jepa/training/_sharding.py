@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
-from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dllm_jepa.errors import LaunchError
 from dllm_jepa.training._ranks import Ranks
@@ -38,16 +38,18 @@ def shard(
         units: submodules that are gathered on their own, in the order of use; all but `kept` in every forward.
         ranks: the ranks.
         compute_dtype: type in which weights are gathered and used. Gradients are reduced in fp32.
-        kept: the last of `units`, if it is to stay gathered from its forward to its backward, which come one after the
-            other; every forward with gradient has to use it.
+        kept: the last of `units`, or the module itself with what is in none of them: stays gathered from its forward to
+            its backward; every forward with gradient has to use it.
+
+    What is called on a unit besides `forward` and uses its weights is listed in its attribute `forward_methods`.
 
     Raises:
         LaunchError: if a quantized weight cannot be divided by the number of ranks.
-        ValueError: if `kept` is not the last unit.
+        ValueError: if `kept` is neither the last unit nor the module.
     """
     units = [*units]
-    if kept is not None and (not units or units[-1] is not kept):
-        raise ValueError("kept: only the last of the units can stay gathered until its backward")
+    if kept not in (None, module, *units[-1:]):
+        raise ValueError("kept: only the last of the units, or the module itself, can stay gathered until its backward")
     if ranks.mesh is None:
         return module
     _check_quantized(module, ranks.mesh.size(-1))
@@ -56,11 +58,13 @@ def shard(
     for unit in (*units, module):
         # Said explicitly because FSDP keeps a root gathered after its forward, and no backward frees the target's.
         fully_shard(unit, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=unit is not kept)
+        for method in getattr(unit, "forward_methods", ()):
+            register_fsdp_forward_method(unit, method)
     for submodule in module.modules():
         if isinstance(submodule, FSDPModule):
             submodule.set_force_sum_reduction_for_comms(True)
             submodule.set_gradient_divide_factor(1.0)
-    _gather_ahead([module, *units], kept)
+    _gather_ahead([module, *units], None if kept is module else kept)
     return module
 
 
@@ -76,14 +80,11 @@ def _gather_ahead(in_order: list[nn.Module], kept: nn.Module | None) -> None:
     assert isinstance(last, FSDPModule) and isinstance(head, FSDPModule)
 
     def before_forward(*_: Any) -> None:
-        last.set_modules_to_forward_prefetch([head] if torch.is_grad_enabled() else [])
-
-    def after_head(*_: Any) -> None:
-        if not torch.is_grad_enabled():
-            head.reshard()
+        has_backward = torch.is_grad_enabled()
+        last.set_modules_to_forward_prefetch([head] if has_backward else [])
+        head.set_reshard_after_forward(not has_backward)
 
     in_order[0].register_forward_pre_hook(before_forward, prepend=True)
-    kept.register_forward_hook(after_head)
 
 
 @torch.no_grad()
@@ -131,9 +132,9 @@ def full_tensor(value: Tensor) -> Tensor:
 
 def _check_quantized(module: nn.Module, num_ranks: int) -> None:
     for name, param in module.named_parameters():
-        if not isinstance(param.data, NF4Tensor):
+        if not _is_quantized(param):
             continue
-        block = param.data.block_size * param.data.scaler_block_size
+        block = param.block_size * param.scaler_block_size  # type: ignore[attr-defined]
         if param.size(0) % num_ranks or param.numel() % (block * num_ranks):
             raise LaunchError(
                 f"{name} has {param.size(0)} rows and {param.numel()} weights, and {num_ranks} ranks can share a "
@@ -142,10 +143,15 @@ def _check_quantized(module: nn.Module, num_ranks: int) -> None:
             )
 
 
+def _is_quantized(weight: Tensor) -> bool:
+    """Whether the rows that a rank holds are in NF4, a tensor made of others."""
+    return is_traceable_wrapper_subclass(weight)
+
+
 def _filled(param: Tensor, name: str, read: ReadWeight | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for a parameter on the meta device, filled; sharded as it is."""
     own = param.to_local() if isinstance(param, DTensor) else param.detach()
-    if isinstance(own, NF4Tensor):
+    if _is_quantized(own):
         if read is None:
             raise ValueError(f"{name} is quantized: it cannot be filled later")
         own = _quantized_rows(param, read(name, None).to(device, dtype))
@@ -161,6 +167,8 @@ def _filled(param: Tensor, name: str, read: ReadWeight | None, dtype: torch.dtyp
 
 
 def _quantized_rows(param: Tensor, weight: Tensor) -> Tensor:
+    from torchao.dtypes.nf4tensor import to_nf4  # takes longer to import than torch
+
     quantized: Tensor = to_nf4(weight)
     if not isinstance(param, DTensor):
         return quantized

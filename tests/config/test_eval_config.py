@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import dllm_jepa_eval
+import dllm_jepa_generate
 import pytest
-from omegaconf import OmegaConf
 
-from dllm_jepa.config import EVALUATION, GENERATION, Launch, Schema, problems
+from dllm_jepa import config
+from dllm_jepa.config import Launch, load_config
 
 HERE = "tests.config.test_eval_config"
-ONE = Launch(world_size=1, local_world_size=1, num_gpus=0)
-TWO = Launch(world_size=2, local_world_size=2, num_gpus=0)
+ONE, TWO = Launch(), Launch(2, 2, 0)
+EVALUATION, GENERATION = dllm_jepa_eval.Config, dllm_jepa_generate.Config
 
 
 def generating_task(
@@ -42,76 +44,66 @@ def generation(folder: Path, **changes: Any) -> dict[str, Any]:
     return {"checkpoint_dir": str(folder), "device": "cpu", "prompt": "a", "decoding": decode} | changes
 
 
-def found(values: dict[str, Any], schema: Schema, launch: Launch = ONE) -> list[str]:
-    return problems(OmegaConf.create(values), schema, launch)
-
-
 def test_sound_configs(tmp_path: Path) -> None:
-    assert found(evaluation(tmp_path), EVALUATION) == []
-    assert found(evaluation(tmp_path), EVALUATION, TWO) == []
     measuring = {"_component_": f"{HERE}.measuring_task", "source": "x.txt"}
-    assert found(evaluation(tmp_path, task=measuring, decoding=None, num_shots=None), EVALUATION) == []
-    anything = {"_component_": f"{HERE}.open_task"}
-    assert found(evaluation(tmp_path, task=anything), EVALUATION) == []
-    assert found(evaluation(tmp_path, num_shots=None), EVALUATION) == []  # the task's own default
-    assert found(generation(tmp_path), GENERATION) == []
+    for changes in (
+        {},
+        {"task": measuring, "decoding": None, "num_shots": None},
+        {"task": {"_component_": f"{HERE}.open_task"}},
+        {"num_shots": None},  # the task's own default
+    ):
+        assert EVALUATION.problems(evaluation(tmp_path, **changes), TWO) == []
     files = {"html": str(tmp_path / "a.html"), "output": str(tmp_path / "a.jsonl")}
-    assert found(generation(tmp_path, **files), GENERATION) == []
+    for changes in ({}, files, {"prompt": None, "prompts_file": "-"}):
+        assert GENERATION.problems(generation(tmp_path, **changes), ONE) == []
 
 
 @pytest.mark.parametrize(
     ("changes", "lines"),
     [
-        pytest.param({"decoding": None}, ["decoding: null given, but {here}.generating_task"], id="no decoding"),
-        pytest.param(
+        ({"decoding": None}, ["decoding: null given, but {here}.generating_task"]),
+        (
             {"task": {"_component_": f"{HERE}.measuring_task", "source": "x"}},
             ["decoding: {here}.measuring_task generates nothing", "num_shots: 4 given, but {here}.measuring_task"],
-            id="a decoding and shots for nothing",
         ),
-        pytest.param(
-            {"task": {"_component_": f"{HERE}.generating_task", "source": "x", "num_shots": 2}},
-            ["task.num_shots: 2 given, but the recipe passes this one itself"],
-            id="shots in the wrong place",
+        ({"task": {"_component_": f"{HERE}.generating_task"}}, ["task.source: missing"]),
+        (
+            {"task": {"_component_": f"{HERE}.generating_task", "source": "x", "seed": 2}},
+            ["task.seed: 2 given, but the recipe passes this one itself"],
         ),
-        pytest.param(
-            {"task": {"_component_": f"{HERE}.generating_tusk"}},
-            ["task._component_: '{here}.generating_tusk': {here} has no 'generating_tusk'. Did you mean"],
-            id="unknown task",
-        ),
-        pytest.param({"task": {"_component_": f"{HERE}.generating_task"}}, ["task.source: missing"], id="no source"),
-        pytest.param(
+        (
             {"decoding": {"_component_": f"{HERE}.decoding", "gen_length": 8, "steps": 0}},
             ["decoding: steps must be at least 1, got 0"],
-            id="a decoding that complains",
         ),
-        pytest.param({"num_shots": -1}, ["num_shots: -1 given, must be an integer >= 0"], id="negative shots"),
-        pytest.param({"max_items": 0}, ["max_items: 0 given, must be an integer >= 1"], id="no items"),
-        pytest.param({"resume": "yes"}, ['resume: "yes" given, must be one of never, auto'], id="resume"),
-        pytest.param({"checkpoint_dir": "absent"}, ["checkpoint_dir: 'absent' is not a directory"], id="no model"),
-        pytest.param({"base_dir": "absent"}, ["base_dir: 'absent' is not a directory"], id="no base"),
-        pytest.param({"part": "both"}, ['part: "both" given, must be one of online, target'], id="part"),
-        pytest.param({"device": "cuda"}, ["device: cuda, but torch sees no CUDA GPU"], id="no GPU"),
+        ({"num_shots": -1}, ["num_shots: -1 given, must be an integer >= 0 or null"]),
+        ({"resume": "yes"}, ['resume: "yes" given, must be one of never, auto']),
+        ({"checkpoint_dir": "absent"}, ["checkpoint_dir: 'absent' is not a directory"]),
+        ({"base_dir": "absent"}, ["base_dir: 'absent' is not a directory"]),
+        ({"output_dir": __file__}, ["output_dir: '{file}' is a file"]),
+        ({"device": "cuda"}, ["device: cuda, but torch sees no CUDA GPU"]),
+        ({"lr_scheduler": None}, ["lr_scheduler: a key of dllm_jepa_full and dllm_jepa_lora, not of this recipe"]),
+        ({"lr": 1.0}, ["lr: unknown key (value 1.0). The keys are: seed,"]),
     ],
 )
 def test_evaluations_that_cannot_run(tmp_path: Path, changes: dict[str, Any], lines: list[str]) -> None:
-    got = found(evaluation(tmp_path, **changes), EVALUATION)
-    assert len(got) == len(lines), got
+    got = EVALUATION.problems(evaluation(tmp_path, **changes), ONE)
     for line, start in zip(got, lines, strict=True):
-        assert line.startswith(start.format(here=HERE)), line
+        assert line.startswith(start.format(here=HERE, file=__file__)), line
 
 
 @pytest.mark.parametrize(
     ("changes", "launch", "line"),
     [
-        pytest.param({"prompt": None}, ONE, "prompt, prompts_file: neither given", id="no prompt"),
-        pytest.param({"prompts_file": "a.txt"}, ONE, "prompt, prompts_file: both given", id="two sources"),
-        pytest.param({"prompt": None, "prompts_file": "absent.txt"}, ONE, "prompts_file: 'absent.txt' is", id="file"),
-        pytest.param({"html": "page.txt"}, ONE, "html: 'page.txt' given, must end in .html", id="ending"),
-        pytest.param({"output": "absent/a.jsonl"}, ONE, "output: 'absent/a.jsonl' given, but the folder", id="folder"),
-        pytest.param({"html": "there.html"}, ONE, "html: 'there.html' exists and is kept", id="existing file"),
-        pytest.param({"decoding": None}, ONE, "decoding: null given, must be a mapping", id="no decoding"),
-        pytest.param({"template": "alpaca"}, ONE, 'template: "alpaca" given, must be one of', id="template"),
-        pytest.param({}, TWO, "--nproc_per_node: 2 processes, but this recipe runs in one", id="two ranks"),
+        ({"prompt": None}, ONE, "prompt, prompts_file: neither given"),
+        ({"prompts_file": "a.txt"}, ONE, "prompt, prompts_file: both given"),
+        ({"prompt": None, "prompts_file": "absent.txt"}, ONE, "prompts_file: 'absent.txt' is"),
+        ({"html": "page.txt"}, ONE, "html: 'page.txt' given, must end in .html"),
+        ({"output": "absent/a.jsonl"}, ONE, "output: 'absent/a.jsonl' given, but the folder"),
+        ({"html": "there.html"}, ONE, "html: 'there.html' exists and is kept"),
+        ({"html": " "}, ONE, 'html: " " given, must be a path ending in .html or null'),
+        ({"decoding": None}, ONE, "decoding: null given, must be a mapping"),
+        ({"template": "alpaca"}, ONE, 'template: "alpaca" given, must be one of chat, plain or null'),
+        ({}, TWO, "--nproc_per_node: 2 processes, but this recipe runs in one"),
     ],
 )
 def test_generations_that_cannot_run(
@@ -119,9 +111,21 @@ def test_generations_that_cannot_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.html").write_text("kept")
-    (got,) = found(generation(tmp_path, **changes), GENERATION, launch)
+    (got,) = GENERATION.problems(generation(tmp_path, **changes), launch)
     assert got.startswith(line)
 
 
-def test_stdin_needs_no_file(tmp_path: Path) -> None:
-    assert found(generation(tmp_path, prompt=None, prompts_file="-"), GENERATION) == []
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
+    (line,) = EVALUATION.problems(evaluation(tmp_path), ONE)
+    assert line.startswith("output_dir: ") and "cannot be written to; choose another folder" in line
+    (line,) = GENERATION.problems(generation(tmp_path, output=str(tmp_path / "a.jsonl")), ONE)
+    assert line.startswith("output: ") and line.endswith("cannot be written to")
+
+
+def test_what_people_write_arrives_as_typed() -> None:
+    words = ["--config", "generate", "prompt=a: b # c ${x}", "system_prompt=null", "prompts_file=[1].txt", "seed=3"]
+    values = load_config(words, GENERATION)
+    assert values["prompt"] == "a: b # c ${x}" and values["prompts_file"] == "[1].txt"
+    assert values["system_prompt"] is None and values["seed"] == 3
+    assert config.has_mark(GENERATION.model_fields["prompt"], config.Verbatim)

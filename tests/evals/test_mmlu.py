@@ -133,7 +133,7 @@ def test_letters_that_tie_in_bf16_are_told_apart(model: MaskedDiffusionLM, token
     half, (a, _, c, _) = model.bfloat16(), task.letter_ids
     tokens = torch.tensor([[*task.prompts[0], tokenizer.mask_id]])
     with torch.no_grad():
-        state = half(tokens)[0][0, -2 if half.shift_logits else -1].float()
+        state = half(tokens)[0, -2 if half.shift_logits else -1].float()
         # A gets a logit of about 20, where bf16 has steps of 0.125, and C 0.01 more.
         row = 20 * state / state.square().sum()
         row[0] = 0
@@ -151,6 +151,7 @@ def test_letters_that_tie_in_bf16_are_told_apart(model: MaskedDiffusionLM, token
 def test_a_model_that_knows_the_answers_scores_full_marks(tokenizer: Tokenizer, source: str) -> None:
     class Oracle(torch.nn.Module):
         shift_logits = False
+        scored_from, logits = MaskedDiffusionLM.scored_from, MaskedDiffusionLM.logits
 
         def __init__(self, task: MMLUTask) -> None:
             super().__init__()
@@ -158,14 +159,14 @@ def test_a_model_that_knows_the_answers_scores_full_marks(tokenizer: Tokenizer, 
             self.head.weight = torch.nn.Parameter(torch.eye(512))  # hidden states are logits
             self.task = task
 
-        def forward(self, tokens: torch.Tensor, *, attention_mask: Any, logits_at: torch.Tensor) -> Any:
+        def forward(self, tokens: torch.Tensor, *, attention_mask: Any) -> torch.Tensor:
             hidden = torch.zeros(*tokens.shape, 512)
-            for row, position in enumerate(logits_at.tolist()):
-                length = position % tokens.size(1)
-                item = next(i for i, p in enumerate(self.task.prompts) if p == tokens[row, :length].tolist())
+            for row, ids in enumerate(tokens.tolist()):
+                length = ids.index(tokenizer.mask_id)
+                item = self.task.prompts.index(ids[:length])
                 hidden[row, length, self.task.letter_ids[COLOURS[item]["answer"]]] = 1
                 hidden[row, length, tokenizer.eos_id] = 2  # not one of the letters
-            return hidden, hidden.flatten(0, 1)[logits_at]
+            return hidden
 
     task = mmlu_task(tokenizer, source=source, num_shots=0, seed=0)
     results = task.evaluate(Oracle(task), [0, 1, 2], batch_size=3)

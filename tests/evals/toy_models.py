@@ -26,12 +26,13 @@ class CountingModel(nn.Module):
         self.mask_id = mask_id
         self.vocab_size = vocab_size
 
-    def forward(self, tokens: Tensor, *, attention_mask: Tensor | None, logits_at: Tensor) -> tuple[Tensor, Tensor]:
+    scored_from, logits = MaskedDiffusionLM.scored_from, MaskedDiffusionLM.logits
+
+    def forward(self, tokens: Tensor, *, attention_mask: Tensor | None) -> Tensor:
         assert attention_mask is None
         counts = (tokens == self.mask_id).sum(1).tolist()
         of_rows = torch.tensor([self.log_odds(count) + math.log(self.vocab_size - 1) for count in counts])
-        hidden = of_rows.view(-1, 1, 1).expand(*tokens.shape, 1)
-        return hidden, self.head(hidden.flatten(0, 1)[logits_at])
+        return of_rows.view(-1, 1, 1).expand(*tokens.shape, 1)
 
 
 class RecordingModel(nn.Module):
@@ -44,6 +45,13 @@ class RecordingModel(nn.Module):
         self.backbone, self.head = model.backbone, model.head
         self.calls: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, tokens: Tensor, *, logits_at: Tensor, **arguments: Any) -> Any:
-        self.calls.append((tokens, logits_at))
-        return self.model(tokens, logits_at=logits_at, **arguments)
+    def forward(self, tokens: Tensor, **arguments: Any) -> Tensor:
+        self.tokens = tokens
+        return self.model(tokens, **arguments)
+
+    def scored_from(self, *arguments: Any) -> Tensor:
+        return self.model.scored_from(*arguments)
+
+    def logits(self, hidden: Tensor, positions: Tensor, **arguments: Any) -> Tensor:
+        self.calls.append((self.tokens, positions))
+        return self.model.logits(hidden, positions, **arguments)

@@ -8,17 +8,17 @@ class Scripted:
     """Scores every column by a fixed table [T, V], whatever the tokens; notes what it is asked for and shown."""
 
     def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
+        self.table = logits
         self.asked: list[Tensor] = []
         self.seen: list[Tensor] = []
 
-    def __call__(
-        self, tokens: Tensor, *, attention_mask: Tensor | None = None, logits_at: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        assert logits_at is not None
-        self.asked.append(logits_at.clone())
+    def __call__(self, tokens: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
         self.seen.append(tokens.clone())
-        return tokens, self.logits[logits_at % tokens.size(1)]
+        return tokens
+
+    def logits(self, hidden: Tensor, positions: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
+        self.asked.append(positions.clone())
+        return self.table[positions % hidden.size(1)]
 
 
 def scripted(columns: int = 16, vocab: int = 320) -> Scripted:

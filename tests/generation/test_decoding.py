@@ -29,8 +29,8 @@ def test_surest_tokens_first_in_blocks_and_remainder_first() -> None:
     decoding = llada_decoding(gen_length=10, block_length=5, steps=6)
     result = decode(model, decoding, [[1, 2]], trace=True)  # the canvas is columns 2 to 11
     assert [int((canvas == MASK).sum()) for canvas in result.trace] == [8, 6, 5, 3, 1, 0]  # 2 + 2 + 1 twice
-    allowed = model.logits.index_fill(1, torch.tensor([MASK]), -torch.inf)
-    sure = allowed.max(-1).values.exp() / model.logits.exp().sum(-1)
+    allowed = model.table.index_fill(1, torch.tensor([MASK]), -torch.inf)
+    sure = allowed.max(-1).values.exp() / model.table.exp().sum(-1)
     for start, traces in ((2, result.trace[:3]), (7, result.trace[3:])):
         order = sure[start : start + 5].argsort(descending=True) + start
         for canvas, committed in zip(traces, (2, 4, 5), strict=True):
@@ -158,7 +158,7 @@ def test_early_stop_keeps_all_up_to_the_first_stop(model: MaskedDiffusionLM) -> 
 def test_finished_rows_leave_the_batch() -> None:
     model = Scripted(torch.full((16, 320), -5.0))
     for column, token in enumerate([1, 1, 9, 1, 1, 1, 1, 9], start=2):  # behind a prompt of two the stop comes third
-        model.logits[column, token] = 5.0
+        model.table[column, token] = 5.0
     decoding = llada_decoding(gen_length=8, block_length=2, steps=8)
     generation = decode(model, decoding, [[1, 2], [1] * 8, [1, 2]], stop_ids=[9])
     # The second row stops in its first block, and with it the longest row leaves.

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_jepa.generation import CanvasHistory, Decoding, llada_decoding
+from dllm_jepa.generation import Decoding, llada_decoding
+from dllm_jepa.generation.show import CanvasHistory
 
 MASK, PAD, END, VOCAB = 0, 9, 8, 12
 
@@ -44,15 +45,20 @@ def test_of_a_decoding_it_has_what_came_out_up_to_the_end(seed: int) -> None:
     scores = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed))
     scores[:, END] += 0.5
 
-    def model(tokens: Tensor, *, logits_at: Tensor, **_: Any) -> tuple[None, Tensor]:
-        return None, scores[tokens.flatten().roll(1)][logits_at]
+    class Model:
+        def __call__(self, tokens: Tensor, **_: Any) -> Tensor:
+            return tokens
 
+        def logits(self, hidden: Tensor, positions: Tensor, **_: Any) -> Tensor:
+            return scores[hidden.flatten().roll(1)][positions]
+
+    model: Any = Model()
     decoding: Decoding = llada_decoding(gen_length=12, block_length=4, steps=6, temperature=1.0)
     call: Any = {"mask_id": MASK, "pad_id": PAD, "stop_ids": [END], "seeds": range(8)}
     prompts = [[token] for token in range(1, 8)] + [[2, 3]]
-    generation = decoding.generate(model, prompts, **call)  # type: ignore[arg-type]
+    generation = decoding.generate(model, prompts, **call)
     history = CanvasHistory(8, gen_length=12, block_length=4, mask_id=MASK)
-    for step in decoding.stream(model, prompts, **call):  # type: ignore[arg-type]
+    for step in decoding.stream(model, prompts, **call):
         history.add(step.canvas)
     assert len(set(generation.num_passes)) > 1  # a row is finished before another
     for row, num_tokens in enumerate(generation.num_tokens):

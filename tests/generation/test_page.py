@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dllm_jepa.generation import denoising_page, record_denoising
+from dllm_jepa.generation.show import denoising_page, record_denoising
 from dllm_jepa.models.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

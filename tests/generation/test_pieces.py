@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from dllm_jepa.generation import split_pieces, visible
+from dllm_jepa.generation.show import split_pieces, visible
 from dllm_jepa.models.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

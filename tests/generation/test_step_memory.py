@@ -54,7 +54,7 @@ def decode(model: Scripted, decoding: Decoding, seeds: list[int]) -> list[list[i
 @pytest.mark.parametrize("name", DECODINGS)
 def test_a_bounded_number_of_tokens_is_in_full_precision(name: str) -> None:
     model = scripted(LENGTH + 2)
-    model.logits = model.logits.bfloat16()
+    model.table = model.table.bfloat16()
     with Widest() as widest:
         decode(model, DECODINGS[name], [1, 2, 3, 4])
     assert max(len(asked) for asked in model.asked) > BOUND
@@ -73,8 +73,8 @@ def test_every_token_gets_its_own_pick_and_confidence() -> None:
     model = scripted(LENGTH + 2)
     call = {"mask_id": MASK, "pad_id": PAD}
     first, last = DECODINGS["greedy"].generate(model, [[1, 2]] * 3, **call, trace=True).trace
-    allowed = model.logits[2:].index_fill(1, torch.tensor([MASK]), -torch.inf)
-    sure = (allowed.amax(-1).double().exp() / model.logits[2:].double().exp().sum(-1)).argsort(descending=True)
+    allowed = model.table[2:].index_fill(1, torch.tensor([MASK]), -torch.inf)
+    sure = (allowed.amax(-1).double().exp() / model.table[2:].double().exp().sum(-1)).argsort(descending=True)
     expected = torch.full((LENGTH,), MASK)
     expected[sure[: LENGTH // 2]] = allowed.argmax(-1)[sure[: LENGTH // 2]]
     assert torch.equal(first, expected.expand(3, -1)) and torch.equal(last, allowed.argmax(-1).expand(3, -1))
@@ -84,14 +84,14 @@ def test_every_token_gets_its_own_pick_and_confidence() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_logits_that_are_no_numbers_end_the_generation(name: str, value: float) -> None:
     model = scripted(LENGTH + 2)
-    model.logits[300, 17] = value  # of one token, in the second part of a row
+    model.table[300, 17] = value  # of one token, in the second part of a row
     with pytest.raises(CheckpointError, match="the model's logits are not finite numbers"):
         decode(model, DECODINGS[name], [1, 2])
 
 
 def test_ids_that_the_model_rules_out_are_fine() -> None:
     model = scripted(LENGTH + 2)
-    model.logits[:, 17] = -torch.inf
+    model.table[:, 17] = -torch.inf
     assert not any(17 in canvas for canvas in decode(model, DECODINGS["greedy"], [1, 2]))
 
 

@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from dllm_jepa.generation import DenoisingView, encodable, frame_lines, is_terminal, split_pieces
+from dllm_jepa.generation.show import DenoisingView, encodable, frame_lines, is_terminal, split_pieces
 from dllm_jepa.models.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

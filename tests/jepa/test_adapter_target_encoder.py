@@ -86,7 +86,7 @@ def embed(encoder: EMAAdapterTargetEncoder, **changes: Any) -> Tensor:
 
 
 def plain_embedding(model: MaskedDiffusionLM, *, layer_norm: bool = True) -> Tensor:
-    hidden, _ = model(TOKENS, attention_mask=REAL, input_pos=POSITIONS)
+    hidden = model(TOKENS, attention_mask=REAL, input_pos=POSITIONS)
     return pool(hidden, SEQUENCE_IDS, 3, layer_norm=layer_norm)
 
 

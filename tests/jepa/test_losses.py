@@ -225,3 +225,18 @@ def test_reported_counts() -> None:
     counts = GlobalCounts(sequences=4, masked_tokens=10, tokens=30, processed_tokens=40, squared_lengths=300)
     assert counts.metrics() == {"tokens": 30, "masked_tokens": 10, "sequences": 4, "padding": 0.25}
     assert counts.sizes() == {"tokens": 30, "squared_lengths": 300, "scored": 10, "sequences": 4}
+
+
+def test_autocast_does_not_change_the_jepa_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    target, pred = torch.randn(2, 7, 33, generator=generator)
+    counts = GlobalCounts(9, 1, 1, 1, 1)
+    values = []
+    for enabled in (False, True):
+        leaf = pred.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = jepa_loss(target, leaf, counts)
+        loss.backward()
+        values.append((loss, leaf.grad))
+    assert values[0][0].dtype == values[1][0].dtype == torch.float32
+    assert torch.equal(values[0][0], values[1][0]) and torch.equal(values[0][1], values[1][1])

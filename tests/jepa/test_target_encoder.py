@@ -135,7 +135,7 @@ def test_the_mean_of_a_bf16_average_is_the_closed_form(ema_decay: float, sign: i
 
 def test_a_bf16_average_is_not_moved_by_the_same_weights() -> None:
     online = TinyBackbone().to(torch.bfloat16)
-    encoder = ema_target_encoder(TinyBackbone().to(torch.bfloat16), dtype="bf16")
+    encoder = EMATargetEncoder(TinyBackbone().to(torch.bfloat16), ema_decay=0.996)
     encoder.copy_from(online)
     encoder.update(online)
     for average, param in zip(encoder.backbone.parameters(), online.parameters(), strict=True):
@@ -148,7 +148,7 @@ def test_the_size_of_a_chunk_does_not_matter(chunk: int, monkeypatch: pytest.Mon
 
     def updated() -> list[Tensor]:
         torch.manual_seed(0)
-        encoder = ema_target_encoder(TinyBackbone().to(torch.bfloat16), dtype="bf16")
+        encoder = EMATargetEncoder(TinyBackbone().to(torch.bfloat16), ema_decay=0.996)
         encoder.update(TinyBackbone())
         return weights(encoder.backbone)
 
@@ -188,30 +188,44 @@ def test_other_types_and_mixtures_are_refused(dtypes: set[torch.dtype]) -> None:
         EMATargetEncoder(backbone, ema_decay=0.996)
 
 
-def test_the_builder_s_type_is_that_of_the_parameters() -> None:
-    for dtype, parameters in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        encoder = ema_target_encoder(TinyBackbone().to(parameters), dtype=dtype)
-        assert {param.dtype for param in encoder.backbone.parameters()} == {parameters}
-    with pytest.raises(ValueError, match=r"with dtype fp32 got parameters of torch\.bfloat16"):
-        ema_target_encoder(TinyBackbone().to(torch.bfloat16))
-    with pytest.raises(ValueError, match=r"with dtype bf16 got parameters of torch\.float32"):
-        ema_target_encoder(TinyBackbone(), dtype="bf16")
+class Online(nn.Module):
+    """A model with a backbone, and what makes others like it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = TinyBackbone(embed_dim=32)
+        self.asked: list[tuple[str, bool]] = []
+
+    def copy_backbone(self, dtype: str, *, float8: bool = False) -> nn.Module:
+        self.asked.append((dtype, float8))
+        return TinyBackbone(embed_dim=32).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
 
 
-@pytest.mark.parametrize("ema_decay", [-0.001, 1.0, 1.5, math.nan])
+@pytest.mark.parametrize(
+    ("arguments", "asked"), [({}, ("fp32", False)), ({"dtype": "bf16", "float8": True}, ("bf16", True))]
+)
+def test_the_builder_averages_a_copy_of_the_online_backbone(arguments: Any, asked: tuple[str, bool]) -> None:
+    online = Online()
+    encoder = ema_target_encoder(online, online.copy_backbone, **arguments)
+    assert online.asked == [asked] and encoder.ema_decay == 0.996
+    for average, param in zip(encoder.backbone.parameters(), online.backbone.parameters(), strict=True):
+        assert torch.equal(average, param.to(average.dtype)) and average.data_ptr() != param.data_ptr()
+    head = torch.ones(1)
+    exported = encoder.weights({"head.weight": head, "backbone.out.bias": head})
+    assert exported["head.weight"] is head
+    assert torch.equal(exported["backbone.out.bias"], encoder.backbone.get_submodule("out").get_parameter("bias"))
+
+
+@pytest.mark.parametrize("ema_decay", [-0.001, 1.0, math.nan])
 def test_the_decay_is_checked(ema_decay: float) -> None:
     with pytest.raises(ValueError, match=rf"ema_decay must be in \[0, 1\), got {ema_decay}"):
-        ema_target_encoder(TinyBackbone(), ema_decay=ema_decay)
-
-
-def test_the_paper_s_decay_is_the_default() -> None:
-    assert ema_target_encoder(TinyBackbone()).ema_decay == 0.996
+        EMATargetEncoder(TinyBackbone(), ema_decay=ema_decay)
 
 
 @pytest.mark.parametrize("layer_norm", [True, False])
 def test_embeds_as_backbone_and_pool_without_gradient(layer_norm: bool) -> None:
     torch.manual_seed(0)
-    encoder = ema_target_encoder(TinyBackbone())
+    encoder = EMATargetEncoder(TinyBackbone(), ema_decay=0.996)
     tokens = torch.randint(0, 11, (2, 5))
     sequence_ids = torch.tensor([[0, 0, -1, 0, -1], [1, -1, 1, -1, -1]])
     packing = {"mask": torch.tensor([[1.0, 2, 3, 4, 5]] * 2), "input_pos": torch.arange(5).expand(2, 5)}
@@ -231,7 +245,7 @@ def test_embeds_as_backbone_and_pool_without_gradient(layer_norm: bool) -> None:
 
 
 def test_nothing_in_it_can_be_trained() -> None:
-    encoder = ema_target_encoder(TinyBackbone().train())
+    encoder = EMATargetEncoder(TinyBackbone().train(), ema_decay=0.996)
     assert not any(param.requires_grad for param in encoder.backbone.parameters())
     assert not any(module.training for module in encoder.backbone.modules())
     for _ in range(2):
@@ -242,7 +256,7 @@ def test_nothing_in_it_can_be_trained() -> None:
 def test_another_architecture_is_refused() -> None:
     online = nn.Sequential(*itertools.islice(TinyBackbone().children(), 1))
     with pytest.raises((ValueError, RuntimeError)):
-        ema_target_encoder(TinyBackbone()).copy_from(online)
+        EMATargetEncoder(TinyBackbone(), ema_decay=0.996).copy_from(online)
 
 
 def float8_pair(dtype: str) -> tuple[EMATargetEncoder, EMATargetEncoder]:
@@ -252,7 +266,7 @@ def float8_pair(dtype: str) -> tuple[EMATargetEncoder, EMATargetEncoder]:
     plain = TinyBackbone(embed_dim=32).to(parameters)
     torch.manual_seed(0)
     float8 = use_float8(TinyBackbone(embed_dim=32).to(parameters), emulate=True)
-    return ema_target_encoder(plain, dtype=dtype), ema_target_encoder(float8, dtype=dtype, float8=True)
+    return EMATargetEncoder(plain, ema_decay=0.996), EMATargetEncoder(float8, ema_decay=0.996)
 
 
 @pytest.mark.parametrize("online_dtype", [torch.float32, torch.bfloat16])
@@ -285,10 +299,3 @@ def test_float8_products_embed_nearly_the_same_and_without_gradient() -> None:
     assert not any(param.requires_grad for param in float8.backbone.parameters())
     assert torch.cosine_similarity(embedded, expected, dim=-1).min() > 0.99
     assert not torch.equal(embedded, expected)
-
-
-def test_the_builder_s_products_are_those_of_the_backbone() -> None:
-    with pytest.raises(ValueError, match="with float8 True got a backbone that does not compute in float8"):
-        ema_target_encoder(TinyBackbone(), float8=True)
-    with pytest.raises(ValueError, match="with float8 False got a backbone that computes in float8"):
-        ema_target_encoder(use_float8(TinyBackbone(embed_dim=32), emulate=True))

@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.training import set_activation_checkpointing
 
 from dllm_jepa.jepa import identity_predictor, mlp_predictor, transformer_predictor
 from dllm_jepa.models import MaskedDiffusionLM, step_flops
@@ -65,8 +63,8 @@ def counted(trained: nn.ModuleDict, *, target: bool) -> int:
                 with torch.no_grad():
                     model(row)
             weights = torch.ones(num_scored, device="meta")
-            hidden, losses = model(row, logits_at=scored, labels=scored, token_weights=weights, chunk_tokens=4)
-            loss = losses.weighted_sum
+            hidden = model(row)
+            loss, _ = model.score(hidden, scored, labels=scored, token_weights=weights, chunk_tokens=4)
             if target:
                 loss = loss + trained["predictor"](hidden[:, 0]).sum()
             loss.backward()
@@ -98,7 +96,7 @@ def test_what_a_frozen_model_does_not_compute() -> None:
 def test_what_is_computed_twice_counts_once() -> None:
     trained = on_meta(MODELS["llada"])
     expected = step_flops(trained, **COUNTS, target=True)
-    set_activation_checkpointing(trained["model"], auto_wrap_policy={TransformerSelfAttentionLayer})
+    trained["model"].checkpoint_layers()
     assert step_flops(trained, **COUNTS, target=True) == expected
     assert counted(trained, target=True) > expected
 

@@ -394,7 +394,7 @@ def test_a_bf16_base_computes_in_bf16_throughout(family: str, use_dora: bool, at
         for name in FEATURES:
             layer.get_submodule(name).register_forward_hook(lambda _, __, out: found.add(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        hidden, _ = model(TOKENS)
+        hidden = model(TOKENS)
     assert found == {torch.bfloat16} == {hidden.dtype}
 
 

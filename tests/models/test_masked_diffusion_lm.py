@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dllm_jepa.models import LoRASettings, MaskedDiffusionLM, TokenLosses, add_lora
+from dllm_jepa.models import LoRASettings, MaskedDiffusionLM, add_lora
 from dllm_jepa.models.dream import dream, dream_7b
 from dllm_jepa.models.llada import llada, llada_8b
 from dllm_jepa.packing import PackedSequences
@@ -32,32 +32,33 @@ def test_hidden_states_of_some_tokens(model: MaskedDiffusionLM) -> None:
     """Equal to those of all tokens, and the last feed-forward is computed for no others."""
     tokens = torch.randint(0, 50, (1, sum(LENGTHS)))
     packing = PackedSequences.from_lengths(LENGTHS)
-    every, _ = model(tokens, attention_mask=packing)
+    every = model(tokens, attention_mask=packing)
     fed: list[tuple[int, ...]] = []
     for layer in model.backbone.layers:
         layer.mlp.register_forward_hook(lambda _, inputs, __: fed.append(tuple(inputs[0].shape)))
     for chosen in (torch.tensor([40, 3, 4, 0]), torch.tensor([], dtype=torch.int64)):
         fed.clear()
-        hidden, logits = model(tokens, attention_mask=packing, hidden_at=chosen)
-        assert logits is None and fed == [(1, sum(LENGTHS), 32), (1, len(chosen), 32)]
+        hidden = model(tokens, attention_mask=packing, hidden_at=chosen)
+        assert fed == [(1, sum(LENGTHS), 32), (1, len(chosen), 32)]
         torch.testing.assert_close(hidden, every[:, chosen])
-    with pytest.raises(ValueError, match="logits_at counts in all hidden states"):
-        model(tokens, attention_mask=packing, hidden_at=chosen, logits_at=chosen)
 
 
 def test_packed_equals_one_by_one(model: MaskedDiffusionLM) -> None:
     """Values and gradients; lengths of all buckets, one token included."""
     row = torch.randint(0, 50, (1, sum(LENGTHS)))
     positions = torch.arange(sum(LENGTHS))
-    hidden, logits = model(row, attention_mask=PackedSequences.from_lengths(LENGTHS), logits_at=positions)
+    packing = PackedSequences.from_lengths(LENGTHS)
+    hidden = model(row, attention_mask=packing)
+    logits = model.logits(hidden, positions, attention_mask=packing)
     logits.square().sum().backward()
     packed_gradients = [param.grad.clone() for param in model.parameters()]
     model.zero_grad()
 
-    alone = [model(tokens, logits_at=torch.arange(tokens.size(1))) for tokens in row.split(LENGTHS, dim=1)]
-    torch.testing.assert_close(hidden, torch.cat([h for h, _ in alone], dim=1))
-    torch.testing.assert_close(logits, torch.cat([scores for _, scores in alone]))
-    sum(scores.square().sum() for _, scores in alone).backward()
+    sequences = row.split(LENGTHS, dim=1)
+    alone = [model.token_logits(tokens)[0] for tokens in sequences]
+    torch.testing.assert_close(hidden, torch.cat([model(tokens) for tokens in sequences], dim=1))
+    torch.testing.assert_close(logits, torch.cat(alone))
+    sum(scores.square().sum() for scores in alone).backward()
     for packed, param in zip(packed_gradients, model.parameters(), strict=True):
         torch.testing.assert_close(packed, param.grad)
 
@@ -65,16 +66,16 @@ def test_packed_equals_one_by_one(model: MaskedDiffusionLM) -> None:
 def test_padded_equals_one_by_one(model: MaskedDiffusionLM) -> None:
     rows = torch.randint(0, 50, (len(LENGTHS), max(LENGTHS)))
     real = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
-    hidden, _ = model(rows, attention_mask=real)
+    hidden = model(rows, attention_mask=real)
     for row, length, states in zip(rows, LENGTHS, hidden, strict=True):
-        torch.testing.assert_close(states[:length], model(row[None, :length])[0][0])
+        torch.testing.assert_close(states[:length], model(row[None, :length])[0])
 
 
 def test_every_token_sees_the_whole_sequence(model: MaskedDiffusionLM) -> None:
     tokens = torch.randint(0, 49, (1, 10))
     changed = tokens.clone()
     changed[0, -1] = 49
-    assert not torch.allclose(model(tokens)[0][0, 0], model(changed)[0][0, 0])
+    assert not torch.allclose(model(tokens)[0, 0], model(changed)[0, 0])
 
 
 def test_chosen_logits_are_token_logits(model: MaskedDiffusionLM) -> None:
@@ -82,8 +83,9 @@ def test_chosen_logits_are_token_logits(model: MaskedDiffusionLM) -> None:
     chosen = torch.tensor([0, 4, 9, 17, 26])
     every = model.token_logits(tokens)
     assert every.shape == (3, 9, 50)
-    torch.testing.assert_close(model(tokens, logits_at=chosen)[1], every.flatten(0, 1)[chosen])
-    hidden, logits = model(tokens, logits_at=chosen[:0])
+    hidden = model(tokens)
+    torch.testing.assert_close(model.logits(hidden, chosen), every.flatten(0, 1)[chosen])
+    logits = model.logits(hidden, chosen[:0])
     assert logits.shape == (0, 50)
     (logits.sum() + 0 * hidden.sum()).backward()
 
@@ -92,17 +94,18 @@ def test_shift_scores_token_from_the_state_before_it() -> None:
     torch.manual_seed(0)
     model = dream(**SIZES)
     tokens = torch.randint(0, 50, (2, 6))
-    raw = model(tokens)[0] @ model.head.weight.T
+    raw = model(tokens) @ model.head.weight.T
     torch.testing.assert_close(model.token_logits(tokens), torch.cat((raw[:, :1], raw[:, :-1]), 1))
-    packed = model(tokens.view(1, -1), attention_mask=PackedSequences.from_lengths([6, 6]), logits_at=torch.arange(12))
-    torch.testing.assert_close(packed[1], model.token_logits(tokens).flatten(0, 1))
+    packing = PackedSequences.from_lengths([6, 6])
+    packed = model.logits(model(tokens.view(1, -1), attention_mask=packing), torch.arange(12), attention_mask=packing)
+    torch.testing.assert_close(packed, model.token_logits(tokens).flatten(0, 1))
 
 
 def test_tied_head_is_the_embedding() -> None:
     model = llada(**SIZES, tie_embeddings=True)
     assert "head.weight" not in model.state_dict()
     tokens = torch.randint(0, 50, (1, 5))
-    torch.testing.assert_close(model.token_logits(tokens), model(tokens)[0] @ model.backbone.tok_embeddings.weight.T)
+    torch.testing.assert_close(model.token_logits(tokens), model(tokens) @ model.backbone.tok_embeddings.weight.T)
 
 
 def test_row_over_the_context_is_refused(model: MaskedDiffusionLM) -> None:
@@ -130,7 +133,7 @@ def asked(n: int = 7) -> dict[str, Any]:
     """What a model [2, 6] is asked for: losses of `n` of 12 tokens."""
     generator = torch.Generator().manual_seed(n)
     return {
-        "logits_at": torch.randperm(12, generator=generator)[:n],
+        "positions": torch.randperm(12, generator=generator)[:n],
         "labels": torch.randint(0, 50, (n,), generator=generator),
         "token_weights": torch.rand(n, generator=generator, dtype=torch.float64),
         "chunk_tokens": 3,
@@ -148,13 +151,14 @@ def test_losses_are_those_of_the_logits(build: Any, tied: bool, adapters: bool) 
         add_lora(model, LoRASettings(["q_proj"], apply_to_mlp=False, rank=2, alpha=4.0))
     model.double()
     tokens, wanted = torch.randint(0, 50, (2, 6)), asked()
-    hidden, losses = model(tokens, **wanted)
-    assert isinstance(losses, TokenLosses)
+    hidden = model(tokens)
+    losses = model.score(hidden, **wanted)
     (losses.weighted_sum + hidden.sum()).backward()
     gradients = {name: param.grad for name, param in model.named_parameters()}
     model.zero_grad()
 
-    hidden, logits = model(tokens, logits_at=wanted["logits_at"])
+    hidden = model(tokens)
+    logits = model.logits(hidden, wanted["positions"])
     per_token = F.cross_entropy(logits, wanted["labels"], reduction="none")
     weighted_sum = (wanted["token_weights"] * per_token).sum()
     (weighted_sum + hidden.sum()).backward()
@@ -169,19 +173,10 @@ def test_losses_are_those_of_the_logits(build: Any, tied: bool, adapters: bool) 
 @pytest.mark.parametrize("tied", [False, True], ids=["own", "tied"])
 def test_without_tokens_every_gradient_is_there(tied: bool) -> None:
     model = llada(**SIZES, tie_embeddings=tied).double()
-    _, losses = model(torch.randint(0, 50, (2, 6)), **asked(0))
+    losses = model.score(model(torch.randint(0, 50, (2, 6))), **asked(0))
     losses.weighted_sum.backward()
     assert losses.weighted_sum == 0
     assert all(param.grad is not None and not param.grad.any() for param in model.parameters())
-
-
-@pytest.mark.parametrize("missing", ["logits_at", "token_weights", "chunk_tokens"])
-def test_labels_without_what_they_need_are_refused(missing: str) -> None:
-    wanted = {name: value for name, value in asked().items() if name != missing}
-    with pytest.raises(
-        ValueError, match=f"labels come with logits_at, token_weights, chunk_tokens; missing: {missing}"
-    ):
-        llada(**SIZES)(torch.zeros(2, 6, dtype=torch.int64), **wanted)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own", "tied"])
@@ -191,10 +186,10 @@ def test_a_compiled_loss_is_the_same(tied: bool, monkeypatch: pytest.MonkeyPatch
     torch._dynamo.utils.counters.clear()
     model = llada(**SIZES, tie_embeddings=tied).double()
     tokens = torch.randint(0, 50, (2, 6))
-    eager = model(tokens, **asked())[1]
+    eager = model.score(model(tokens), **asked())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
-    model.compile_loss()
-    compiled = model(tokens, **asked())[1]
+    model.compile_layers()
+    compiled = model.score(model(tokens), **asked())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     torch.testing.assert_close(compiled.per_token, eager.per_token)
     torch.testing.assert_close(compiled.weighted_sum, eager.weighted_sum)

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from dllm_jepa.models import choose_packed_attention
-from dllm_jepa.models._attention import BidirectionalAttention, PackedAttention, bucketed_attention
-from dllm_jepa.models._packed_attention import KERNELS, packed_kernel
+from dllm_jepa.models._attention import PackedAttention, bucketed_attention, fastest_kernel, packed_kernel
+from dllm_jepa.models._layers import BidirectionalAttention
 from dllm_jepa.models.llada import llada
 from dllm_jepa.packing import PackedSequences
 
@@ -65,7 +65,7 @@ def test_flex(lengths: list[int], num_kv_heads: int) -> None:
     """Its mask and its call; it has no backward pass on CPU."""
     q, k, v, _ = row(lengths, num_kv_heads, 16, torch.float64, "cpu")
     with torch.compiler.set_stance("force_eager"):
-        ours = KERNELS["flex"](q, k, v, PackedSequences.from_lengths(lengths))
+        ours = packed_kernel("flex")(q, k, v, PackedSequences.from_lengths(lengths))
     torch.testing.assert_close(ours, dense(q, k, v, lengths))
 
 
@@ -79,7 +79,7 @@ def test_kernels_of_gpus(name: str, head_dim: int, dtype: torch.dtype, lengths: 
     """Values and gradients, each within a few rounding errors of the largest."""
     torch._dynamo.reset()  # lest the limit of recompilations be reached, and flex attention run uncompiled
     tensors = row(lengths, num_kv_heads, head_dim, dtype, "cuda")
-    ours, expected = (with_gradients(kernel, tensors, lengths) for kernel in (KERNELS[name], dense))
+    ours, expected = (with_gradients(kernel, tensors, lengths) for kernel in (packed_kernel(name), dense))
     for got, want in zip(ours, expected, strict=True):
         assert got.dtype == dtype
         assert (got.double() - want).abs().max() < 4 * torch.finfo(dtype).eps * max(1.0, float(want.abs().max()))
@@ -92,7 +92,7 @@ def test_a_kernel_of_gpus_serves_rows_of_all_sizes(name: str, num_kv_heads: int)
     """One compiled kernel, called with one packing after another."""
     for lengths in LENGTHS.values():
         q, k, v, _ = row(lengths, num_kv_heads, 64, torch.bfloat16, "cuda")
-        out = KERNELS[name](q, k, v, PackedSequences.from_lengths(lengths).to(q.device))
+        out = packed_kernel(name)(q, k, v, PackedSequences.from_lengths(lengths).to(q.device))
         torch.testing.assert_close(out.double(), dense(q, k, v, lengths), atol=0.03, rtol=0.03)
 
 
@@ -118,7 +118,7 @@ def test_a_kernel_of_gpus_serves_rows_of_all_sizes(name: str, num_kv_heads: int)
 def test_the_choice(
     device: str, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int, name: str
 ) -> None:
-    assert packed_kernel(device, capability, dtype, head_dim) == name
+    assert fastest_kernel(device, capability, dtype, head_dim) == name
 
 
 def tiny() -> nn.Module:
@@ -132,7 +132,7 @@ def test_the_choice_is_set_on_every_layer(monkeypatch: pytest.MonkeyPatch) -> No
     assert [attention.packed_attention for attention in attentions] == [bucketed_attention] * 2
     line = choose_packed_attention(model, torch.device("cuda"), torch.bfloat16)
     assert line == "packed attention: varlen (bf16 on sm_90, head size 8)"
-    assert [attention.packed_attention for attention in attentions] == [KERNELS["varlen"]] * 2
+    assert [attention.packed_attention for attention in attentions] == [packed_kernel("varlen")] * 2
     line = choose_packed_attention(model, torch.device("cpu"), torch.float32)
     assert line == "packed attention: sdpa (fp32 on cpu, head size 8)"
     assert [attention.packed_attention for attention in attentions] == [bucketed_attention] * 2
@@ -143,7 +143,7 @@ def test_varlen_is_called_as_this_version_of_torch_wants_it(num_kv_heads: int) -
     """Without a GPU: shapes and types only, forward and backward."""
     q, k, v = (torch.empty(30, count, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
                for count in (4, num_kv_heads, num_kv_heads))  # fmt: skip
-    out = KERNELS["varlen"](q, k, v, PackedSequences.from_lengths([10, 20]).to(q.device))
+    out = packed_kernel("varlen")(q, k, v, PackedSequences.from_lengths([10, 20]).to(q.device))
     assert out.shape == q.shape and out.dtype == q.dtype
     out.sum().backward()
     assert q.grad is not None and k.grad is not None and k.grad.shape == k.shape

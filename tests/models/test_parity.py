@@ -52,7 +52,7 @@ def test_every_hidden_state(case) -> None:
     handles = [model.backbone.tok_embeddings.register_forward_hook(lambda *a: states.update(embed=a[-1]))]
     for number, layer in enumerate(model.backbone.layers):
         handles.append(layer.register_forward_hook(lambda *a, number=number: states.update({f"layer{number}": a[-1]})))
-    states["final_norm"], _ = model(reference["input_ids"], attention_mask=attention_mask)
+    states["final_norm"] = model(reference["input_ids"], attention_mask=attention_mask)
     for handle in handles:
         handle.remove()
     real = real_tokens(reference, attention_mask)
@@ -66,7 +66,7 @@ def test_losses_from_chosen_logits_only(case) -> None:
     model, reference, attention_mask, masking = case
     masked = reference["masked_positions"].bool()
     positions = masked.flatten().nonzero().flatten()
-    _, logits = model(reference["input_ids"], attention_mask=attention_mask, logits_at=positions)
+    logits = model.logits(model(reference["input_ids"], attention_mask=attention_mask), positions)
     assert logits.shape == (len(positions), model.sizes.vocab_size)
     losses = F.cross_entropy(logits, reference["clean_ids"].flatten()[positions], reduction="none")
     torch.testing.assert_close(losses.mean()[None], reference[f"loss_{masking}"], atol=1e-4, rtol=0)
@@ -86,7 +86,7 @@ def test_losses_from_chosen_logits_only(case) -> None:
 @torch.no_grad()
 def test_pooled_vectors(case) -> None:
     model, reference, attention_mask, masking = case
-    hidden, _ = model(reference["input_ids"], attention_mask=attention_mask)
+    hidden = model(reference["input_ids"], attention_mask=attention_mask)
     visible = reference["attention_mask"].bool() & ~reference["masked_positions"].bool()
     ids = torch.where(visible, torch.arange(len(visible))[:, None], -1)
     pooled = pool(hidden, ids, len(visible), layer_norm=False)
@@ -101,5 +101,5 @@ def test_left_padding(family: str) -> None:
     tokens, real = reference["leftpad_input_ids"], reference["leftpad_attention_mask"].bool()
     # Published Dream counts positions from the first real token, LLaDA from the left edge.
     input_pos = (real.long().cumsum(1) - 1).clamp(min=0) if model.shift_logits else None
-    hidden, _ = model(tokens, attention_mask=real, input_pos=input_pos)
+    hidden = model(tokens, attention_mask=real, input_pos=input_pos)
     torch.testing.assert_close(model.head(hidden)[real], reference["logits_leftpad"][real], atol=1e-4, rtol=0)

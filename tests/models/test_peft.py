@@ -155,7 +155,7 @@ PUBLISHED: dict[str, Any] = {"llada": PublishedLLaDA, "dream": PublishedDream}
 
 def raw_logits(model: MaskedDiffusionLM) -> Tensor:
     """Scores in the order of the hidden states, as the published classes return them."""
-    hidden, _ = model(TOKENS)
+    hidden = model(TOKENS)
     return model.head(hidden)
 
 

@@ -87,11 +87,11 @@ def losses_by_library(
         target = parts.target_encoder.embed(
             batch.target, batch.target_ids, batch.num_sequences, layer_norm=layer_norm, **packing
         )
-        hidden, (diffusion, _) = parts.model(
-            batch.context,
+        hidden = parts.model(batch.context, attention_mask=batch.attention_mask, input_pos=batch.input_pos)
+        diffusion, _ = parts.model.score(
+            hidden,
+            batch.masked_positions,
             attention_mask=batch.attention_mask,
-            input_pos=batch.input_pos,
-            logits_at=batch.masked_positions,
             labels=batch.labels,
             token_weights=masked_token_weights(loss_weight, counts, **batch.loss_counts()),
             chunk_tokens=5,

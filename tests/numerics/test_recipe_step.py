@@ -20,7 +20,7 @@ from torchtune.config import instantiate
 
 from dllm_jepa.config import TRAINING, find_recipes, load_config, with_defaults
 from dllm_jepa.jepa import LossWeight, shuffled_partners
-from dllm_jepa.models._attention import BidirectionalAttention
+from dllm_jepa.models._layers import BidirectionalAttention
 from dllm_jepa.packing import PackedSequences
 from dllm_jepa.training import Ranks, RunDirectory, StopSignals
 from tests.numerics.plain_loops import Parts, Sequence, assert_gradients_close, losses_by_hand, use_double_precision

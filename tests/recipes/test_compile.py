@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.training import compile_model, set_activation_checkpointing
 
 from dllm_jepa.models import set_packed_attention
 from dllm_jepa.models.llada import llada
@@ -72,9 +70,9 @@ def test_compiled_layers_give_the_same_run_and_compile_nothing_after_its_first_s
 def compiled_backbone(*, checkpointing: bool, device: str) -> Module:
     with torch.device(device):
         backbone = llada(vocab_size=64, embed_dim=32, num_layers=2, num_heads=4, mlp_dim=48, max_seq_len=64).backbone
-    compile_model(backbone, verbose=False)
+    backbone.compile_layers()
     if checkpointing:
-        set_activation_checkpointing(backbone, auto_wrap_policy={TransformerSelfAttentionLayer})
+        backbone.checkpoint_layers()
     return backbone
 
 
@@ -122,15 +120,13 @@ def loss_and_gradients(device: str, *, compiled: bool) -> dict[str, Tensor]:
     if device == "cuda":
         set_packed_attention(model, "varlen")
     if compiled:
-        compile_model(model.backbone, verbose=False)
-        model.compile_loss()
+        model.compile_layers()
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 64, (1, 30), generator=generator).to(device)
     with torch.autocast(device, torch.bfloat16):
-        _, losses = model(
-            tokens,
-            attention_mask=PackedSequences.from_lengths([12, 13, 5]).to(tokens.device),
-            logits_at=torch.arange(0, 30, 2, device=device),
+        losses = model.score(
+            model(tokens, attention_mask=PackedSequences.from_lengths([12, 13, 5]).to(tokens.device)),
+            torch.arange(0, 30, 2, device=device),
             labels=tokens[0, ::2],
             token_weights=torch.full((15,), 1 / 15, device=device),
             chunk_tokens=6,

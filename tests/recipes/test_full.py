@@ -56,7 +56,8 @@ def plain_diffusion_losses(config_file: Path) -> list[tuple[float, float]]:
     steps = []
     for step in range(cfg.max_steps):
         (batch,) = batches.step(step)
-        _, logits = model(batch.context, attention_mask=batch.attention_mask, logits_at=batch.masked_positions)
+        hidden = model(batch.context, attention_mask=batch.attention_mask)
+        logits = model.logits(hidden, batch.masked_positions, attention_mask=batch.attention_mask)
         loss = F.cross_entropy(logits, batch.labels)
         optimizer.zero_grad()
         loss.backward()

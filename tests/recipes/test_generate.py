@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_jepa.generation import Decoding, DenoisingStep, dream_decoding, llada_decoding, visible
+from dllm_jepa.generation import Decoding, DenoisingStep, dream_decoding, llada_decoding
+from dllm_jepa.generation.show import visible
 from dllm_jepa.models import InitialWeights, load_hf, save_hf
 from dllm_jepa.models.llada import llada
 from dllm_jepa.models.tiny import tiny_tokenizer

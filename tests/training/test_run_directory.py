@@ -122,7 +122,9 @@ def test_a_finished_run_is_known_by_its_status(tmp_path: Path, capsys: pytest.Ca
     run_for(tmp_path, 4, "auto", ends=True)
     assert directory(tmp_path, "auto").is_finished(None, [])
     assert directory(tmp_path, "auto").is_finished(4, [])
-    assert "holds a finished run of 4 steps: nothing to do" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "holds a finished run of 4 steps: nothing to do. To go on to step 8" in said
+    assert "max_steps=8 resume=auto resume_override=true\n" in said
     assert not directory(tmp_path, "auto").is_finished(5, [])
 
 
@@ -139,10 +141,40 @@ def test_an_export_is_not_overwritten_by_going_on(tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
     run = directory(tmp_path, "auto")
     run.check_steps(3)  # only what is missing of the export is left to do
-    with pytest.raises(LaunchError, match="move .*hf away to go on from step 3 to step 4"):
+    with pytest.raises(LaunchError, match="the export of a run that came to its end. To go on to step 4"):
         run.check_steps(4)
     with pytest.raises(ConfigError, match="is past the last of 2 steps: raise max_steps"):
         run.check_steps(2)
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_adding_steps_to_a_finished_run_is_a_line_to_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str
+) -> None:
+    """Whether the run was asked to go on or started again; with the export moved aside, to a name that is free."""
+    run_for(tmp_path, 3, ends=True)
+    checkpoint(tmp_path, 3)
+    for name in ("hf", "hf_before"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "my_recipe.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    words = [str(tmp_path / "my_recipe.py"), "--config", "tiny", "task={a: 1}", "max_steps=6", f"resume={resume}"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(LaunchError) as error:
+        directory(tmp_path, resume).is_finished(6, ["online"])
+    assert str(error.value).split("\n")[1:] == [
+        f"  mv {tmp_path}/hf {tmp_path}/hf_before2",
+        "  tune run --nproc_per_node 2 my_recipe.py --config tiny 'task={a: 1}' max_steps=6 resume=auto "
+        "resume_override=true",
+    ]
+
+
+def test_steps_cannot_be_added_without_a_training_state(tmp_path: Path) -> None:
+    run_for(tmp_path, 3, ends=True)
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(LaunchError, match="saved no training state, .* with checkpoint_dir=.*hf and an output_dir"):
+        directory(tmp_path, "auto").is_finished(6, ["online"])
 
 
 @pytest.mark.parametrize("resume", ["never", "auto"])

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from dllm_jepa.errors import ConfigError, TrainingError
 from dllm_jepa.training import Ranks, RunDirectory, RunLog, build_metric_logger, build_profiler
 from dllm_jepa.training._run_log import StepClock
+
+BOTH = {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)}
 
 
 class Clock:
@@ -67,10 +68,18 @@ class Run:
     """A log in a directory of its own."""
 
     def __init__(
-        self, path: Path, *, rank: int = 0, num_steps: int = 7, every: int = 3, peak: float | None = None
+        self,
+        path: Path,
+        *,
+        rank: int = 0,
+        num_steps: int = 7,
+        every: int = 3,
+        peak: float | None = None,
+        profiler: Any = None,
+        compiles: bool = False,
     ) -> None:
         self.path = path / "metrics.jsonl"
-        self.logger, self.profiler = Logger(), Steps()
+        self.logger, self.profiler = Logger(), profiler or Steps()
         ranks = Ranks(rank, 1, torch.device("cpu"))
         self.log = RunLog(
             RunDirectory(path, "never", Ranks(0, 1, torch.device("cpu"))),
@@ -81,6 +90,7 @@ class Run:
             log_every_n_steps=every,
             peak_tflops=peak,
             samples=lambda step: [10 * step, 10 * step + 1],
+            compiles=compiles,
         )
 
     def write(self, step: int, **values: float) -> None:
@@ -126,11 +136,26 @@ def test_the_device_is_read_once_for_all_pending_steps(tmp_path: Path, monkeypat
     for name in ("item", "__float__", "__bool__", "__int__"):
         monkeypatch.setattr(Tensor, name, lambda _: pytest.fail("a wait for the device"))
     run = Run(tmp_path)
-    run.write(0, extra=3.0)
-    run.write(1, extra=3.0)
-    assert reads == []
-    run.write(2, extra=3.0)
+    for step in range(3):
+        assert reads == []
+        run.log.add("extra", torch.tensor(3.0), count=torch.tensor(2))
+        run.log.write(step, {"tokens": 1}, run.log.reduce() | BOTH, flops=1.0)
     assert reads == [(3, 3)]
+
+
+def test_metrics_are_summed_over_micro_batches_and_steps_start_anew(tmp_path: Path) -> None:
+    """Those with a count are means, and nothing where there is nothing to count; gradients are let go."""
+    run = Run(tmp_path, every=1)
+    for step, parts in enumerate([[1.0, 2.0], [4.0]]):
+        for part in parts:
+            run.log.add("sum", torch.tensor(part, requires_grad=True))
+            run.log.add("mean", torch.tensor(part), count=torch.tensor(2))
+            run.log.add("none", torch.tensor(0.0), count=torch.tensor(0))
+        values = run.log.reduce()
+        assert not any(value.requires_grad for value in values.values())
+        run.log.write(step, {"tokens": 1}, values | BOTH, flops=1.0)
+    assert [(row["sum"], row["mean"], "none" in row) for row in run.rows()] == [(3.0, 0.75, False), (4.0, 2.0, False)]
+    assert list(run.rows()[0])[:3] == ["step", "sum", "mean"]
 
 
 def test_a_value_without_a_number_is_left_out(tmp_path: Path) -> None:
@@ -205,6 +230,23 @@ def test_without_a_peak_no_mfu(tmp_path: Path) -> None:
     assert "mfu" not in run.rows()[0]
 
 
+def test_a_first_step_that_compiles_is_announced_and_kept_out_of_the_speed(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path, num_steps=3, every=3, peak=1.0, compiles=True)
+    for step in run.log.steps():
+        if step == 0:
+            assert "compiling: the first step takes" in capsys.readouterr().err
+        clock.after(50.0 if step == 0 else 1.0)
+        run.log.lap("forward")
+        run.write(step)
+        assert len(run.rows()) == (1 if step < 2 else 3)
+    first, _, third = run.rows()
+    assert first["step_seconds"] == first["forward_seconds"] == 50.0
+    assert "tokens_per_second" not in first and "mfu" not in first
+    assert third["step_seconds"] == 1.0 and third["tokens_per_second"] == (20 + 30) / 2
+
+
 def test_the_profiler_is_told_of_every_step(tmp_path: Path) -> None:
     run = Run(tmp_path, num_steps=2)
     for _ in run.log.steps():
@@ -226,54 +268,42 @@ def test_the_profiler_is_stopped_once_however_the_run_ends(tmp_path: Path) -> No
     assert never_begun.profiler.calls == []
 
 
-def bare_profiler() -> Steps:
-    return Steps()
+def test_a_profiler_may_come_with_its_settings() -> None:
+    profiler = Steps()
+    assert build_profiler(None) is None
+    assert build_profiler(lambda: profiler) is build_profiler(lambda: (profiler, {})) is profiler
 
 
-def test_a_profiler_may_come_without_settings() -> None:
-    component = OmegaConf.create({"_component_": "tests.training.test_run_log.bare_profiler"})
-    assert isinstance(build_profiler(component), Steps)
-
-
-def test_no_profiler_and_that_of_torchtune(tmp_path: Path) -> None:
-    nothing = build_profiler(None)
-    nothing.start()
-    nothing.step()
-    nothing.stop()
-    component = {
-        "_component_": "torchtune.training.setup_torch_profiler",
-        "enabled": True,
-        "wait_steps": 1,
-        "warmup_steps": 1,
-        "active_steps": 1,
-        "num_cycles": 1,
-        "output_dir": str(tmp_path),
-    }
-    profiler = build_profiler(OmegaConf.create(component))
-    profiler.start()
-    for _ in range(3):
+@pytest.mark.parametrize(("num_steps", "recorded"), [(4, None), (3, "1"), (2, "0")])
+def test_a_profiler_that_is_not_done_by_the_end_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], num_steps: int, recorded: str | None
+) -> None:
+    """Of two steps that are to be recorded after two others."""
+    schedule = torch.profiler.schedule(wait=1, warmup=1, active=2, repeat=1)
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], schedule=schedule)
+    run = Run(tmp_path, num_steps=num_steps, profiler=profiler)
+    for _ in run.log.steps():
         torch.ones(3).sum()
-        profiler.step()
-    profiler.stop()
-    assert "aten::sum" in (tmp_path / "iteration_3" / "rank0_key_averages.txt").read_text()
+    run.log.close()
+    said = capsys.readouterr().err
+    assert ("profiler: its schedule is longer" in said) == (recorded is not None)
+    assert recorded is None or f"the {num_steps} steps to do, of which it records {recorded}:" in said
 
 
 def test_metric_loggers_are_built_on_rank_zero(tmp_path: Path) -> None:
-    component = OmegaConf.create({"_component_": "tests.training.test_run_log.Logger"})
     first, second = (Ranks(rank, 2, torch.device("cpu")) for rank in (0, 1))
-    assert isinstance(build_metric_logger(component, first), Logger)
-    assert build_metric_logger(component, second) is None
+    assert isinstance(build_metric_logger(Logger, first), Logger)
+    assert build_metric_logger(Logger, second) is None
     assert build_metric_logger(None, first) is None
 
 
-def needs_a_package() -> None:
+def needs_a_package() -> Logger:
     raise ImportError("no module named board")
 
 
 def test_a_metric_logger_that_lacks_its_package() -> None:
-    component = OmegaConf.create({"_component_": "tests.training.test_run_log.needs_a_package"})
     with pytest.raises(ConfigError, match="metric_logger: no module named board; install"):
-        build_metric_logger(component, Ranks(0, 1, torch.device("cpu")))
+        build_metric_logger(needs_a_package, Ranks(0, 1, torch.device("cpu")))
 
 
 def test_laps_are_booked_by_name_and_read_once(clock: Clock) -> None:

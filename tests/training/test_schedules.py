@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dllm_jepa.training import cosine_with_warmup
+from dllm_jepa.training import cosine_with_warmup, warmup_warning
 from dllm_jepa.training.checkpoint._optimizer import replay_schedule
 
 PEAK = 0.4
@@ -45,6 +45,16 @@ def test_no_step_is_wasted_at_rate_zero() -> None:
 
 def test_a_run_shorter_than_its_warm_up() -> None:
     assert rates(3, num_warmup_steps=10) == pytest.approx([0.04, 0.08, 0.12])
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_said() -> None:
+    for warmup, is_longer in ((0, False), (3, False), (4, True), (10, True)):
+        schedule = cosine_with_warmup(optimizer(), num_training_steps=3, num_warmup_steps=warmup)
+        assert (
+            "the learning rate is still rising at step 3" in (warmup_warning(schedule, num_steps=3) or "")
+        ) == is_longer
+    assert warmup_warning(None, num_steps=3) is None
+    assert warmup_warning(torch.optim.lr_scheduler.StepLR(optimizer(), 2), num_steps=3) is None
 
 
 def test_past_the_end_the_rate_stays_zero() -> None:

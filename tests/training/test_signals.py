@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dllm_jepa.training import STOPPED_EXIT_CODE, Stopped, StopSignals
+from dllm_jepa.training import STOPPED_EXIT_CODE, Ranks, Stopped, StopSignals
+from tests.launching import on_ranks
 from tests.training.small_checkpoints import ONE_PROCESS
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_signal_is_remembered_until_it_is_asked_for(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     with StopSignals(ONE_PROCESS) as signals:
+        signals.defer()
         assert signals.agreed() is None
         os.kill(os.getpid(), signal.Signals[name])
         assert signals.agreed() == signals.agreed() == name
@@ -35,7 +37,8 @@ def test_stopping_is_an_exit_with_a_code_of_its_own() -> None:
 def test_a_second_sigint_ends_the_process_at_once() -> None:
     code = (
         "import time; from dllm_jepa.training import StopSignals, Ranks\n"
-        "with StopSignals(Ranks.join('cpu')):\n"
+        "with StopSignals(Ranks.join('cpu')) as signals:\n"
+        "    signals.defer()\n"
         "    print('ready', flush=True)\n"
         "    time.sleep(60)"
     )
@@ -48,3 +51,35 @@ def test_a_second_sigint_ends_the_process_at_once() -> None:
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == -signal.SIGINT
+
+
+def test_before_the_first_step_ctrl_c_ends_the_run(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info, StopSignals(ONE_PROCESS):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+    assert exit_info.value.code == 130
+    assert capfd.readouterr().err == "\nSIGINT: stopped before the first step, nothing to save\n"
+
+
+def interrupt_while_waiting() -> None:
+    """Rank zero works while the other one waits for it; then both get the signal, as under torchrun."""
+    with Ranks.join("cpu") as ranks, StopSignals(ranks):
+        pids = ranks.gather_objects(os.getpid())
+
+        def work() -> None:
+            time.sleep(0.5)  # the other one is waiting now
+            for pid in reversed(pids):
+                os.kill(pid, signal.SIGINT)
+            time.sleep(30)
+
+        ranks.on_rank_zero(work)
+
+
+def test_before_the_first_step_ctrl_c_ends_ranks_that_wait() -> None:
+    start = time.monotonic()
+    with pytest.raises(AssertionError) as failure:
+        on_ranks(2, interrupt_while_waiting)
+    assert "signal SIGINT" in str(failure.value) or "exit code 130" in str(failure.value)
+    assert str(failure.value).count("SIGINT: stopped before the first step") == 1
+    assert "Traceback" not in str(failure.value)
+    assert time.monotonic() - start < 25

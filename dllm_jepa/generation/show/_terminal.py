@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from typing import TextIO
 
-from dllm_jepa.generation._pieces import Piece, PieceTokenizer, split_pieces, visible
+from dllm_jepa.generation.show._pieces import Piece, PieceTokenizer, split_pieces, visible
 
 _RESET, _FAINT, _REVERSED = "\x1b[0m", "\x1b[2m", "\x1b[7m"
 _CLEAR_TO_END_OF_LINE, _CLEAR_BELOW = "\x1b[K", "\x1b[J"

@@ -1,0 +1,104 @@
+"""A key of one's own: a line in the `Config` of a copied recipe, and nothing in the package, as a user goes about it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dllm_jepa import cli
+from dllm_jepa.config import Config, Section, key_table, load_config, recipe_config
+from tests.launching import SMALL, SMALL_EVAL, SMALL_LORA
+
+LAUNCHES = {"dllm_jepa_full": SMALL, "dllm_jepa_lora": SMALL_LORA, "dllm_jepa_eval": SMALL_EVAL}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that holds what a model directory is to config rules; the command line of this process comes back."""
+    (tmp_path / "runs" / "demo" / "hf").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["dllm-jepa"])
+    monkeypatch.delitem(sys.modules, "my", raising=False)
+
+
+def copy(recipe: str, *keys: str, body: str = "") -> None:
+    """my.py: a copy with keys at the end of its Config, and lines at the beginning of its recipe_main."""
+    cli.main(["cp", recipe, "my.py"])
+    head, class_line, rest = Path("my.py").read_text().partition("\nclass Config(")
+    config_class, rules, rest = rest.partition("\n    rules = (")
+    source = head + class_line + config_class + "".join(f"\n    {key}" for key in keys) + "\n" + rules + rest
+    main = "def recipe_main(cfg: Config) -> None:\n"
+    head, main, rest = source.partition(main)
+    assert config_class and rules and main
+    docstring, _, rest = rest.partition("\n")
+    Path("my.py").write_text(f"{head}{main}{docstring}\n{body}{rest}")
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(words)
+    assert exit_.value.code == 1
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", LAUNCHES)
+def test_one_line_makes_a_key(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    copy(recipe, "smoothing: float = 0.1", body="    print(cfg.smoothing)\n    print(cfg.to_yaml())\n    return\n")
+    start = ["run", "my.py", *LAUNCHES[recipe]]
+    capsys.readouterr()
+    for words, value in (([], 0.1), (["smoothing=0.3"], 0.3), (["smoothing=1"], 1.0)):
+        cli.main([*start, *words])
+        first, _, saved = capsys.readouterr().out.partition("\n")
+        assert float(first) == value == yaml.safe_load(saved)["smoothing"]
+    message = fails(capsys, *start, "smothing=0.3")
+    assert "smothing: unknown key (value 0.3). Did you mean smoothing?" in message
+    assert "smoothing: true given, must be a number" in fails(capsys, *start, "smoothing=true")
+    cli.main(["keys", "my.py"])
+    assert "| `smoothing` | a number | `0.1` |  |" in capsys.readouterr().out
+
+
+def test_it_is_in_the_saved_config_of_a_run_and_decides_whether_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    copy("dllm_jepa_full", "smoothing: float = 0.1")
+    start = ["run", "my.py", *SMALL, "lr_scheduler=null", "checkpoint.every_n_steps=1"]
+    start.remove("lr_scheduler.num_warmup_steps=3")
+    cli.main([*start, "max_steps=1", "output_dir=run", "smoothing=0.3"])
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["smoothing"] == 0.3
+    cli.main(["validate", "my.py", "--config", "run/config.yaml", "output_dir=again"])
+    message = fails(capsys, *start, "max_steps=2", "output_dir=other", "resume=run/checkpoints/latest")
+    assert message.count("\n  - ") == 1 and "  - smoothing: 0.3 -> 0.1\n" in message
+
+
+def test_a_key_may_hold_lists_texts_and_paths(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ("betas: tuple[float, float] = (0.9, 0.95)", "names: list[str] = []", "folder: Path = Path('x')")
+    copy("dllm_jepa_full", *keys)
+    Path("my.py").write_text(Path("my.py").read_text().replace("import math\n", "import math\nfrom pathlib import Path\n"))
+    own = recipe_config("my.py")
+    cfg = own.check(load_config([*SMALL, "betas=[0.5, 1]", "names=[a, b]", "folder=y"], own))
+    assert (cfg.betas, cfg.names, cfg.folder) == ((0.5, 1.0), ["a", "b"], Path("y"))
+    assert own.problems(yaml.safe_load(cfg.to_yaml())) == []
+    words = [*SMALL, "betas=[0.5]", "names=[a, 1]"]
+    assert own.problems(load_config(words, own)) == [
+        "betas: [0.5] given, must be a list [a number, a number]",
+        'names: ["a", 1] given, must be a list, each a text',
+    ]
+
+
+def test_a_verbatim_key_arrives_as_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    copy("dllm_jepa_full", "note: Annotated[str, config.Verbatim] = ''", body="    print(cfg.note)\n    return\n")
+    capsys.readouterr()
+    cli.main(["run", "my.py", *SMALL, "note=a: b # c ${x}"])
+    assert capsys.readouterr().out == "a: b # c ${x}\n"
+
+
+def test_a_section_of_keys() -> None:
+    class Inner(Section):
+        depth: int = 1
+
+    class Outer(Config):
+        inner: Inner = Inner()
+
+    assert Outer.check({"inner": {"depth": 2}}).inner.depth == 2
+    assert Outer.problems({"inner": {"dept": 2}}) == ["inner.dept: unknown key (value 2). Did you mean depth?"]
+    assert "| `inner.depth` | an integer | `1` |  |" in key_table(Outer)

@@ -1,0 +1,96 @@
+"""What is opened before a run starts: each finding is a line, and `dllm-jepa validate` reports it."""
+
+import collections
+import json
+from pathlib import Path
+
+import pytest
+from dllm_jepa_full import Config
+
+from dllm_jepa import cli, preflight
+from dllm_jepa.config import load_config
+
+ROWS = """
+from dllm_jepa.data import gsm8k
+def rows(*, tokenizer, max_seq_len, shift_logits, progress, source, max_rows=None):
+    if max_rows is None:
+        raise AssertionError("all of the data was read")
+    return gsm8k(tokenizer, source=source, max_seq_len=max_seq_len, shift_logits=shift_logits, progress=progress)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rows.py").write_text(ROWS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+
+def found(*words: str, base: str = "tiny") -> list[str]:
+    """What `opens` finds; other rules have nothing to say."""
+    values = load_config(["--config", base, *words], Config)
+    assert Config.problems(values) == []
+    return Config.problems(values, opening=True)
+
+
+def test_what_fits_is_not_spoken_of() -> None:
+    assert found() == found(base="tiny_lora") == []
+
+
+def test_a_tokenizer_that_does_not_open_is_named_once() -> None:
+    (line,) = found("tokenizer={_component_: dllm_jepa.models.llada.llada_tokenizer, path: absent}")
+    assert line.startswith("tokenizer: ") and "absent" in line
+
+
+def test_a_model_must_hold_the_tokens_and_the_length() -> None:
+    (line,) = found("model.vocab_size=10")
+    assert "vocab_size" in line and "10" in line
+    (line,) = found("max_seq_len=300", "tokens_per_device=300")
+    assert "max_seq_len" in line and "300" in line and "256" in line
+
+
+def test_a_checkpoint_must_be_one_of_this_model() -> None:
+    Path("empty").mkdir()
+    (line,) = found("checkpoint_dir=empty")
+    assert "empty" in line
+
+
+def test_the_first_rows_must_make_sequences() -> None:
+    words = ("dataset={_component_: my_rows.rows, source: rows.jsonl}",)
+    (line,) = found(*words)
+    assert line.startswith("dataset: ") and "rows.jsonl" in line
+    Path("rows.jsonl").write_text(json.dumps({"question": "a"}) + "\n")
+    (line,) = found(*words)
+    assert line.startswith("dataset: ") and "answer" in line
+    Path("rows.jsonl").write_text(json.dumps({"question": "a", "answer": "b #### 1"}) + "\n")
+    assert found(*words) == []
+
+
+def test_state_and_export_must_fit_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = collections.namedtuple("usage", "total used free")
+    free = 7_000_000
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage(0, 0, free))
+    # A million weights: 4 MB of state, as much of an export in fp32, half of it in bf16.
+    (line,) = found("output_dir=runs/x")
+    assert line.startswith("output_dir: ") and "0.0 GiB free" in line and "choose a folder on another disk" in line
+    assert found("output_dir=runs/x", "export=null") == []
+    assert found("output_dir=runs/x", "device=cuda", "compute_dtype=bf16") == []
+    assert found("output_dir=runs/x", base="tiny_lora") == []  # the adapters alone are written
+    free = 8_000
+    (line,) = found("output_dir=runs/x", base="tiny_lora")
+    assert line.startswith("output_dir: ")
+
+
+def test_the_package_of_a_logger_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = "metric_logger={_component_: torchtune.training.metric_logging.CometLogger, project: x}"
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "comet_ml" else name)
+    (line,) = found(logger)
+    assert line.startswith("metric_logger: torchtune.training.metric_logging.CometLogger needs the package comet_ml")
+    assert "pip install comet-ml" in line
+    assert found("metric_logger={_component_: torchtune.training.metric_logging.TensorBoardLogger, log_dir: x}") == []
+
+
+def test_validate_reports_what_does_not_open(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["validate", "dllm_jepa_full", "--config", "tiny", "model.vocab_size=10"])
+    assert "the config has a problem:\n  - " in (message := capsys.readouterr().err) and "vocab_size" in message
