@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.models import FAMILIES, HFCheckpoint, TransformerSizes, load_hf, read_prompt, save_hf
@@ -97,15 +97,13 @@ def test_dtype_of_load_and_save(checkpoint: Path, tmp_path: Path) -> None:
 def test_no_more_than_a_file_of_tensors_is_in_memory(checkpoint: Path, tmp_path: Path) -> None:
     """Of all the weights that are handed over, only those of the file at hand are alive."""
     model = load_hf(checkpoint)
-    handed_over: list[weakref.ref[Tensor]] = []
+    handed_over: list[tuple[StorageWeakRef, int]] = []
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         for name, weight in model.state_dict().items():
-            alive = [tensor for ref in handed_over if (tensor := ref()) is not None]
-            assert sum(tensor.nbytes for tensor in alive) <= 100_000
-            del alive
+            assert sum(num_bytes for storage, num_bytes in handed_over if not storage.expired()) <= 100_000
             copy = weight.clone()
-            handed_over.append(weakref.ref(copy))
+            handed_over.append((StorageWeakRef(copy.untyped_storage()), copy.nbytes))
             yield name, copy
             del copy
 
