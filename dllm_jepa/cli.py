@@ -1,4 +1,7 @@
-"""The command `dllm-jepa`: for our recipes and configs what `tune` does for torchtune's."""
+"""The command `dllm-jepa`: for our recipes and configs what `tune` does for torchtune's.
+
+Each sub-command imports what it needs: torch and what builds on it take seconds.
+"""
 
 import argparse
 import ast
@@ -10,12 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 import dllm_jepa
-from dllm_jepa import config
-from dllm_jepa.config import find_configs, find_recipes, resolve_config
 from dllm_jepa.errors import CheckpointError, ConfigError, LaunchError, UserError
+from dllm_jepa.packaged import find_configs, find_recipes, resolve_config
 
 _RUN_USAGE = "dllm-jepa run [TORCHRUN-OPTIONS] <recipe> --config <config> [key=value ...]"
 
@@ -164,18 +164,24 @@ def _cat(arguments: argparse.Namespace) -> None:
     """Print a file as it is, or the keys of a config sorted."""
     path = find_recipes().get(arguments.name) or resolve_config(arguments.name)
     if arguments.sort and path.suffix == ".yaml":
-        print(OmegaConf.to_yaml(OmegaConf.create(config.read_config(path)), sort_keys=True), end="")
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(OmegaConf.load(path), sort_keys=True), end="")
     else:
         print(path.read_text(encoding="utf-8", errors="replace"), end="")
 
 
 def _keys(arguments: argparse.Namespace) -> None:
     """Print the table of a recipe's keys."""
+    from dllm_jepa import config
+
     print(config.key_table(config.recipe_config(arguments.recipe)))
 
 
 def _validate(arguments: argparse.Namespace) -> None:
     """Check what the recipe checks before it starts, but for the number of processes and GPUs."""
+    from dllm_jepa import config
+
     recipe = config.recipe_config(arguments.recipe)
     values = config.load_config(["--config", arguments.config, *arguments.words], recipe)
     for line in recipe.check(values, opening=True).warnings():
@@ -185,7 +191,8 @@ def _validate(arguments: argparse.Namespace) -> None:
 
 def _memory(arguments: argparse.Namespace) -> None:
     """Print what fills a GPU at the peak of a step; paths that only a run needs may be missing."""
-    from dllm_jepa.memory import step_memory  # seconds to import
+    from dllm_jepa import config
+    from dllm_jepa.memory import step_memory
 
     recipe = config.recipe_config(arguments.recipe)
     if not issubclass(recipe, config.Training):
@@ -216,7 +223,7 @@ def _with_paths(value: Any) -> Any:
 
 def _checkpoints(arguments: argparse.Namespace) -> None:
     """Print step, date, size and state of every checkpoint, reading each of them whole."""
-    from dllm_jepa.training import SavedCheckpoint, saved_states  # seconds to import
+    from dllm_jepa.training import SavedCheckpoint, saved_states
 
     found = saved_states(arguments.directory)
     if not found:
@@ -237,7 +244,7 @@ def _checkpoints(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     """Write a Hugging Face directory from a run, a training state or an adapter."""
-    from dllm_jepa.export import export_checkpoint  # seconds to import
+    from dllm_jepa.export import export_checkpoint
 
     export_checkpoint(
         arguments.checkpoint,
@@ -252,7 +259,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     """Print the paired table of two evaluations."""
-    from dllm_jepa.evals import compare  # seconds to import
+    from dllm_jepa.evals import compare
 
     print(compare(arguments.a, arguments.b))
 

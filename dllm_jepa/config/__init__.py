@@ -18,11 +18,11 @@ from dllm_jepa.config._config import (
     has_mark,
     key_table,
 )
-from dllm_jepa.config._find import find_configs, find_recipes, resolve_config
+from dllm_jepa.config._describe import Phrase
 from dllm_jepa.config._parse import load_config, parse, read_config, recipe_config
 from dllm_jepa.config._resume import check_resume
 from dllm_jepa.config._rules import has_adapters
-from dllm_jepa.config._wording import Phrase
+from dllm_jepa.packaged import find_configs, find_recipes, resolve_config
 
 __all__ = [
     "NO_FP16",

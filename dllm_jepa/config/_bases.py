@@ -10,7 +10,7 @@ from pydantic import Field
 from dllm_jepa.config import _rules
 from dllm_jepa.config._component import Component, Given
 from dllm_jepa.config._config import Config, Dtype, MayChange, PathText, Rule, Section, Text
-from dllm_jepa.config._wording import Phrase
+from dllm_jepa.config._describe import Phrase
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Device = Literal["cpu", "cuda"]

@@ -14,7 +14,8 @@ from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationEr
 from pydantic.errors import PydanticUserError
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from dllm_jepa.config._wording import describe, shown, suggestion
+from dllm_jepa.config._describe import describe
+from dllm_jepa.errors import shown, suggestion
 
 UNSET = "???"
 """Stands in yaml for a value that only the user can give; nothing is checked about it."""

@@ -20,9 +20,9 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from dllm_jepa.config._component import COMPONENT_PROBLEMS, UNSET
-from dllm_jepa.config._find import find_recipes
-from dllm_jepa.config._wording import Phrase, describe, shown, suggestion
-from dllm_jepa.errors import ConfigError
+from dllm_jepa.config._describe import Phrase, describe
+from dllm_jepa.errors import ConfigError, shown, suggestion
+from dllm_jepa.packaged import find_recipes
 
 Rule = Callable[..., Iterable[str]]
 """A check across keys. Its parameters are named like the keys that it reads, and it is called when all of these are

@@ -20,9 +20,8 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 
 from dllm_jepa.config._component import UNSET
 from dllm_jepa.config._config import Config, Launch, Verbatim, has_mark, key_table
-from dllm_jepa.config._find import find_configs, find_recipes, resolve_config
-from dllm_jepa.config._wording import nearest_first
-from dllm_jepa.errors import ConfigError, LaunchError, LostRankError, UserError
+from dllm_jepa.errors import ConfigError, LaunchError, LostRankError, UserError, nearest_first
+from dllm_jepa.packaged import find_configs, find_recipes, resolve_config
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 

@@ -11,8 +11,7 @@ from dllm_jepa.config._bases import Training
 from dllm_jepa.config._component import Component, Given
 from dllm_jepa.config._config import MayChange, has_mark, marks
 from dllm_jepa.config._parse import read_config
-from dllm_jepa.config._wording import shown
-from dllm_jepa.errors import ConfigError
+from dllm_jepa.errors import ConfigError, shown
 
 _ABSENT = "nothing"
 _ABOUT_RESUMING = ("resume", "resume_override")

@@ -6,10 +6,9 @@ a checkout (editable install) holds them in `configs/` and `recipes/`.
 
 from pathlib import Path
 
-from dllm_jepa.config._wording import nearest_first
-from dllm_jepa.errors import ConfigError
+from dllm_jepa.errors import ConfigError, nearest_first
 
-_PACKAGE_DIR = Path(__file__).resolve().parent.parent
+_PACKAGE_DIR = Path(__file__).resolve().parent
 
 
 def _folders() -> tuple[Path, Path]:

@@ -1,12 +1,10 @@
-"""How messages name values, what is allowed, and near misses."""
+"""What a type allows, in words."""
 
-import difflib
-import json
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, Union
 
 import annotated_types as at
@@ -19,24 +17,6 @@ class Phrase:
     """In an annotation: what is allowed, in words, where the type does not say it."""
 
     words: str
-
-
-def shown(value: object) -> str:
-    """Write a value in yaml's words (null, true, "text"), in one line of at most 60 characters."""
-    text = json.dumps(value, default=repr, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def nearest_first(word: str, names: Iterable[str]) -> list[str]:
-    """Return `names` sorted by likeness to `word`, the most alike first."""
-    stem = Path(word).stem
-    return sorted(names, key=lambda name: -difflib.SequenceMatcher(None, stem, name).ratio())
-
-
-def suggestion(word: str, names: Iterable[str]) -> str:
-    """Return ` Did you mean x?` for the name nearest to `word`, or nothing if none is near."""
-    matches = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
-    return f" Did you mean {matches[0]}?" if matches else ""
 
 
 def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
