@@ -234,8 +234,8 @@ def _check_same(
 ) -> None:
     if fingerprint_a[key] != fingerprint_b[key]:
         raise DataError(
-            f"{folders[0]} and {folders[1]} cannot be compared item by item: {key} is {fingerprint_a[key]!r} in the first "
-            f"one and {fingerprint_b[key]!r} in the second"
+            f"{folders[0]} and {folders[1]} cannot be compared item by item: {key} is {fingerprint_a[key]!r} in the "
+            f"first one and {fingerprint_b[key]!r} in the second"
         )
 
 
