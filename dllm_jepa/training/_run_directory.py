@@ -106,9 +106,8 @@ class RunDirectory:
         if self.missing(exports):
             return False
         if self._ranks.is_rank_zero:
-            print(
-                f"{self.path} holds a finished run of {done} steps: nothing to do. {self._to_add_steps(_asked_steps(done))}"
-            )
+            to_add = self._to_add_steps(_asked_steps(done))
+            print(f"{self.path} holds a finished run of {done} steps: nothing to do. {to_add}")
         return True
 
     def missing(self, exports: Sequence[str]) -> list[str]:
