@@ -107,7 +107,8 @@ class RunDirectory:
         if self.missing(exports):
             return False
         if self._ranks.is_rank_zero:
-            print(f"{self.path} holds a finished run of {done} steps: nothing to do. {self._to_add_steps(2 * done)}")
+            to_add = self._to_add_steps(_asked_steps(done))
+            print(f"{self.path} holds a finished run of {done} steps: nothing to do. {to_add}")
         return True
 
     def missing(self, exports: Sequence[str]) -> list[str]:
@@ -196,7 +197,7 @@ class RunDirectory:
         if self._resume == "never" and held:
             hint = ", or go on with it by resume=auto" if saved else ""
             if status.get("state") == "finished" and saved:
-                hint = f". {self._to_add_steps(2 * status['step'])}"
+                hint = f". {self._to_add_steps(_asked_steps(status['step']))}"
             raise LaunchError(
                 f"output_dir={self.path} already holds a run ({', '.join(held)}); nothing is overwritten: choose "
                 f"another output_dir{hint}"
@@ -280,6 +281,13 @@ def saved_states(path: Path) -> list[Path]:
     newest = StatusFile(path / "status.json").read().get("checkpoint")
     folders = [path, path / "checkpoints", *([] if newest is None else [Path(newest).parent])]
     return next((found for folder in folders if (found := list_checkpoints(folder))), [])
+
+
+def _asked_steps(done: int) -> int:
+    """The `max_steps` of the command line, if it adds some; otherwise as many again, so that the line can be typed."""
+    words = [word.removeprefix("max_steps=") for word in sys.argv if word.startswith("max_steps=")]
+    asked = int(words[-1]) if words and words[-1].isdecimal() else 0
+    return asked if asked > done else 2 * done
 
 
 def command_line(**overrides: object) -> str:

@@ -159,13 +159,13 @@ def test_adding_steps_to_a_finished_run_is_a_line_to_type(
     (tmp_path / "my_recipe.py").write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    words = [str(tmp_path / "my_recipe.py"), "--config", "tiny", "task={a: 1}", "max_steps=6", f"resume={resume}"]
+    words = [str(tmp_path / "my_recipe.py"), "--config", "tiny", "task={a: 1}", "max_steps=7", f"resume={resume}"]
     monkeypatch.setattr("sys.argv", words)
     with pytest.raises(LaunchError) as error:
-        directory(tmp_path, resume).is_finished(6, ["online"])
+        directory(tmp_path, resume).is_finished(7, ["online"])
     assert str(error.value).split("\n")[1:] == [
         f"  mv {tmp_path}/hf {tmp_path}/hf_before2",
-        "  tune run --nproc_per_node 2 my_recipe.py --config tiny 'task={a: 1}' max_steps=6 resume=auto "
+        "  tune run --nproc_per_node 2 my_recipe.py --config tiny 'task={a: 1}' max_steps=7 resume=auto "
         "resume_override=true",
     ]
 
