@@ -16,10 +16,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from dllm_jepa import __version__
-from dllm_jepa.config import find_configs, load_config, schema_of, with_defaults
+from dllm_jepa.config import Training, load_config, recipe_config
 from dllm_jepa.memory import step_memory
 
 # (config, GPUs)
@@ -47,10 +46,11 @@ _GENERATED_DATA = (
 )
 
 
-def config_of(name: str) -> DictConfig:
-    """A packaged config with its defaults; what only a user has is left open."""
-    cfg = load_config(["--config", name, "output_dir=.", "checkpoint_dir=."])
-    return with_defaults(cfg, schema_of(find_configs()[name].read_text("utf-8")))
+def config_of(name: str) -> Training:
+    """A packaged config, with stand-ins for what only a user has."""
+    cfg = recipe_config("dllm_jepa_full").check(load_config(["--config", name, "output_dir=.", "checkpoint_dir=."]))
+    assert isinstance(cfg, Training), type(cfg)
+    return cfg
 
 
 def measure(name: str) -> float:
@@ -78,7 +78,7 @@ def main() -> None:
         record = {"config": name, "gpus": num_gpus, "tokens_per_device": cfg.tokens_per_device, "gib": rows}
         if args.measure is not None:
             record |= {"gpu": torch.cuda.get_device_name(), "measured_gib": round(measure(name), 2)}
-        print(json.dumps(record | {"optimizer": OmegaConf.to_container(cfg.optimizer)["_component_"]}), flush=True)
+        print(json.dumps(record | {"optimizer": cfg.optimizer.path}), flush=True)
         lines.append(f"| `{name}` | {num_gpus} | {cfg.tokens_per_device:,} | {table.total / 2**30:.1f} GiB |")
         if args.measure is not None:
             lines[-1] += f" {record['measured_gib']:.1f} GiB |"

@@ -26,7 +26,7 @@ import torch
 from _machine import call_alone, describe_machine
 from _steps import ARMS, DTYPES, SIZES, Setting, Trainer
 
-from dllm_jepa.config import load_config, validate
+from dllm_jepa.config import load_config, recipe_config
 from dllm_jepa.models import HFCheckpoint, save_hf
 from dllm_jepa.models.llada import llada
 from dllm_jepa.training import materialize
@@ -75,7 +75,9 @@ def start_up(setting: Setting, arm: str, *, checkpoint: str, started: float) -> 
     """
     ends = [started, time.time()]
     torch.set_num_threads(setting.threads)
-    validate(load_config(["--config", "llada_8b", f"checkpoint_dir={checkpoint}", "output_dir=run"]))
+    recipe_config("dllm_jepa_full").check(
+        load_config(["--config", "llada_8b", f"checkpoint_dir={checkpoint}", "output_dir=run"])
+    )
     ends.append(time.time())
     files = HFCheckpoint(checkpoint)
     with torch.device("meta"):

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from launch import launch
-from omegaconf import DictConfig, OmegaConf
-from torchtune.config import instantiate
 
-from dllm_jepa.config import load_config
+from dllm_jepa.config import load_config, read_config, recipe_config
 from dllm_jepa.errors import ConfigError
 from dllm_jepa.evals import GenerationTask, wilson_interval
 from dllm_jepa.models import InitialWeights, MaskedDiffusionLM, Tokenizer, load_hf, save_hf
+from dllm_jepa.trained_model import open_model
 
 HELDOUT_SEED = 1
 NUM_EXAMPLES = 4
@@ -39,31 +38,32 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def model_before_training(cfg: DictConfig, run_dir: Path) -> Path:
+def model_before_training(cfg: Any, run_dir: Path) -> Path:
     """Directory of the model that a run started from: its checkpoint, or its random initial weights, written here."""
     if cfg.checkpoint_dir is not None:
         return Path(cfg.checkpoint_dir)
     path = run_dir / "before"
     if not path.exists():
-        model: MaskedDiffusionLM = instantiate(cfg.model)
+        model: MaskedDiffusionLM = cfg.model.build()
         initial = InitialWeights(model, seed=cfg.seed, num_layers=model.sizes.num_layers)
         weights = ((name, initial.read(name)) for name, _ in model.named_parameters())
-        save_hf(model, path, None, torch.float32, weights=weights, tokenizer=instantiate(cfg.tokenizer))
+        save_hf(model, path, None, torch.float32, weights=weights, tokenizer=cfg.tokenizer.build())
     return path
 
 
-def evaluation(cfg: DictConfig, run_dir: Path, num_items: int) -> list[str]:
+def evaluation(cfg: Any, run_dir: Path, num_items: int) -> list[str]:
     """Arguments of the evaluation recipe: held-out pairs of the run's task, in the prompts of its training.
 
     Raises:
         ConfigError: if the run was not trained on such pairs, or on no canvas.
     """
-    if cfg.dataset["_component_"] != "dllm_jepa.data.regex_pairs":
-        raise ConfigError(f"only runs on dllm_jepa.data.regex_pairs can be scored, not {cfg.dataset['_component_']}")
-    if cfg.dataset.get("canvas_tokens") is None:
+    data = cfg.dataset.arguments
+    if cfg.dataset.path != "dllm_jepa.data.regex_pairs":
+        raise ConfigError(f"only runs on dllm_jepa.data.regex_pairs can be scored, not {cfg.dataset.path}")
+    if data.get("canvas_tokens") is None:
         raise ConfigError("set dataset.canvas_tokens: the model generates on a canvas of the length it was trained on")
-    task = {key: cfg.dataset[key] for key in ("task", "template", "system_prompt") if cfg.dataset.get(key) is not None}
-    length = cfg.dataset.canvas_tokens
+    task = {key: data[key] for key in ("task", "template", "system_prompt") if data.get(key) is not None}
+    length = data["canvas_tokens"]
     return [
         *("--config", "tiny_eval", f"output_dir={run_dir / EVAL_NAME}", f"checkpoint_dir={run_dir / 'hf'}"),
         *(f"task.{key}={json.dumps(value)}" for key, value in task.items()),  # "" would be null without quotes
@@ -83,8 +83,7 @@ def score_run(run_dir: Path, *, num_items: int, command: str) -> dict[str, Any]:
     Returns:
         What scores.json holds; shares are fractions in [0, 1].
     """
-    cfg = OmegaConf.load(run_dir / "config.yaml")
-    assert isinstance(cfg, DictConfig)
+    cfg: Any = recipe_config("dllm_jepa_full").check(read_config(run_dir / "config.yaml"))
     arguments = evaluation(cfg, run_dir, num_items)
     launch("dllm_jepa_eval", [*arguments, f"base_dir={model_before_training(cfg, run_dir)}", "resume=auto"])
     folder = run_dir / EVAL_NAME
@@ -102,7 +101,7 @@ def score_run(run_dir: Path, *, num_items: int, command: str) -> dict[str, Any]:
         "train_seconds": sum(row["step_seconds"] for row in metrics),
         "train_steps": len(metrics),
         "train_tokens": sum(row["tokens"] for row in metrics),
-        "train_pairs": cfg.dataset.num_pairs,
+        "train_pairs": cfg.dataset.arguments["num_pairs"],
         "generation_seconds": trained["seconds"],
         "generation": {key: trained["config"]["decoding"][key] for key in ("gen_length", "block_length", "steps")},
         "heldout_seed": HELDOUT_SEED,
@@ -114,8 +113,9 @@ def score_run(run_dir: Path, *, num_items: int, command: str) -> dict[str, Any]:
     }
     model = load_hf(run_dir / "hf")
     scores["parameters"] = sum(param.numel() for param in model.parameters())
-    tokenizer: Tokenizer = instantiate(OmegaConf.merge(cfg.tokenizer, {"path": str(run_dir / "hf")}))
-    examples = _examples(model, tokenizer, load_config(arguments), read_rows(folder))
+    tokenizer = open_model(run_dir / "hf").tokenizer()
+    evaluated = recipe_config("dllm_jepa_eval").check(load_config(arguments))
+    examples = _examples(model, tokenizer, evaluated, read_rows(folder))
     (run_dir / EXAMPLES_NAME).write_text(json.dumps(examples, indent=1) + "\n", "utf-8")
     # Last: a folder with this file holds a run that is scored completely.
     (run_dir / SCORES_NAME).write_text(json.dumps(scores, indent=2) + "\n", "utf-8")
@@ -127,14 +127,14 @@ def _share(name: str, measure: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _examples(
-    model: MaskedDiffusionLM, tokenizer: Tokenizer, cfg: DictConfig, rows: Sequence[Mapping[str, Any]]
+    model: MaskedDiffusionLM, tokenizer: Tokenizer, cfg: Any, rows: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """The first correct items and the first wrong one, generated once more with every step; None stands for a mask."""
     correct = [row for row in rows if row["measures"][MEASURE]]
     wrong = [row for row in rows if not row["measures"][MEASURE]]
     shown = correct[: NUM_EXAMPLES - 1] + wrong[:1]
-    decoding = instantiate(cfg.decoding)
-    task: GenerationTask = instantiate(cfg.task, tokenizer, decoding, progress=False)
+    decoding = cfg.decoding.build()
+    task: GenerationTask = cfg.task.build(tokenizer, decoding, progress=False)
     generation = decoding.generate(
         model,
         [task.prompts[row["item"]] for row in shown],

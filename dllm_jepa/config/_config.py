@@ -15,7 +15,6 @@ from pydantic import (
     StringConstraints,
     ValidationError,
     ValidationInfo,
-    ValidatorFunctionWrapHandler,
     field_validator,
 )
 from pydantic.fields import FieldInfo
@@ -144,14 +143,13 @@ class Config(Section):
     remarks: ClassVar[tuple[Rule, ...]] = ()
     """Rules whose lines are shown as warnings."""
 
-    @field_validator("*", mode="wrap")
+    @field_validator("*")
     @classmethod
-    def _collect(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+    def _collect(cls, value: Any, info: ValidationInfo) -> Any:
         """Keep every valid value, for the rules to read although other keys are not valid."""
-        if info.context is None:
-            return handler(value)
-        info.context.pop(info.field_name, None)  # the default
-        return info.context.setdefault(info.field_name, handler(value))
+        if info.context is not None:
+            info.context[info.field_name] = value
+        return value
 
     @classmethod
     def check(cls, values: Mapping[str, Any], launch: Launch | None = None, *, opening: bool = False) -> Self:
@@ -188,8 +186,8 @@ class Config(Section):
     def _checked(cls, values: Mapping[str, Any], launch: Launch | None, opening: bool) -> tuple[Self | None, list[str]]:
         lines = [f"{key}: ??? must be set; write it into the yaml or give {key}=VALUE" for key in _unset(values)]
         known = {name: value for name, value in values.items() if value != UNSET}
-        defaults = {name: field for name, field in cls.model_fields.items() if not field.is_required()}
-        valid = {name: field.get_default(call_default_factory=True) for name, field in defaults.items()}
+        left_out = {n: field for n, field in cls.model_fields.items() if n not in values and not field.is_required()}
+        valid = {name: field.get_default(call_default_factory=True) for name, field in left_out.items()}
         result = None
         try:
             result = cls.model_validate_json(json.dumps(known, default=str), context=valid)

@@ -86,19 +86,20 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
         DataError: the evaluations are not of the same items, or a file is damaged.
     """
     folders = Path(a), Path(b)
-    (facts_a, rows_a), (facts_b, rows_b) = map(_read, folders)
-    _check_same("task", folders, facts_a, facts_b)
+    (fingerprint_a, rows_a), (fingerprint_b, rows_b) = map(_read, folders)
+    _check_same("task", folders, fingerprint_a, fingerprint_b)
     _check_same_items(folders, rows_a, rows_b)
-    _check_same("data_sha256", folders, facts_a, facts_b)
+    _check_same("data_sha256", folders, fingerprint_a, fingerprint_b)
     measures = paired_measures(rows_a, rows_b)
     names_a, names_b = ({name for row in rows for name in row["measures"]} for rows in (rows_a, rows_b))
     warnings = [f"measure {name}: in one of the two only" for name in sorted(names_a ^ names_b)]
     settings_a, settings_b = (
-        {key: value for key, value in facts.items() if key not in _COMPARED} for facts in (facts_a, facts_b)
+        {key: value for key, value in fingerprint.items() if key not in _COMPARED}
+        for fingerprint in (fingerprint_a, fingerprint_b)
     )
     for key, (of_a, of_b) in differences(settings_a, settings_b).items():
         warnings.append(f"{key}: {json.dumps(of_a)} in A, {json.dumps(of_b)} in B")
-    return Comparison(*folders, str(facts_a["task"]), len(rows_a), measures, warnings)
+    return Comparison(*folders, str(fingerprint_a["task"]), len(rows_a), measures, warnings)
 
 
 def paired_measures(
@@ -189,8 +190,8 @@ def _read_scores(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         # Not UTF-8 counts too: UnicodeDecodeError is a ValueError.
         raise DataError(f"{path} is damaged: {error}") from error
-    facts = scores.get("facts") if isinstance(scores, dict) else None
-    if not isinstance(facts, dict) or any(not isinstance(facts.get(key), str) for key in _IDENTITY):
+    fingerprint = scores.get("facts") if isinstance(scores, dict) else None
+    if not isinstance(fingerprint, dict) or any(not isinstance(fingerprint.get(key), str) for key in _IDENTITY):
         raise DataError(f"{path} has no facts with {' and '.join(_IDENTITY)}: it is not of an evaluation, or damaged")
     if type(scores.get("num_items")) is not int:
         raise DataError(f"{path} has no num_items: it is not of an evaluation, or damaged")
@@ -228,11 +229,13 @@ def _parse(line: bytes, place: str) -> dict[str, Any]:
     return row
 
 
-def _check_same(key: str, folders: tuple[Path, Path], facts_a: Mapping[str, Any], facts_b: Mapping[str, Any]) -> None:
-    if facts_a[key] != facts_b[key]:
+def _check_same(
+    key: str, folders: tuple[Path, Path], fingerprint_a: Mapping[str, Any], fingerprint_b: Mapping[str, Any]
+) -> None:
+    if fingerprint_a[key] != fingerprint_b[key]:
         raise DataError(
-            f"{folders[0]} and {folders[1]} cannot be compared item by item: {key} is {facts_a[key]!r} in the first "
-            f"one and {facts_b[key]!r} in the second"
+            f"{folders[0]} and {folders[1]} cannot be compared item by item: {key} is {fingerprint_a[key]!r} in the first "
+            f"one and {fingerprint_b[key]!r} in the second"
         )
 
 

@@ -35,71 +35,66 @@ def question_answer_task(
         scoring: makes, from the items, how predictions are judged; the same for its keyword-only arguments.
 
     Returns:
-        A builder with the arguments of `build` below.
+        A builder with the arguments of `build_question_answer_task`.
     """
-
-    def build(
-        make_task: Callable[[], Task],
-        make_scoring: Callable[[Sequence[Row]], Scoring],
-        tokenizer: Tokenizer,
-        decoding: Decoding,
-        *,
-        source: str,
-        num_shots: int = 0,
-        seed: int = 0,
-        max_items: int | None = None,
-        progress: bool = True,
-        split: str | None = None,
-        name: str | None = None,
-        shots_source: str | None = None,
-        shots_split: str = "train",
-        shots: ShotOrder = "first_k",
-        template: Template = "chat",
-        system_prompt: str | None = None,
-    ) -> GenerationTask:
-        """Read items and shots, and encode the prompts.
-
-        Args:
-            make_task: makes the task.
-            make_scoring: makes its scoring from the items.
-            tokenizer: the model's tokenizer.
-            decoding: how responses are generated.
-            source: items: a .jsonl file, or a hub dataset such as openai/gsm8k.
-            num_shots: solved examples in front of each question.
-            seed: seed of all random numbers.
-            max_items: evaluate only the first so many; None for all.
-            progress: show a progress bar, if stderr is a terminal.
-            split: split of a hub dataset; None for the task's own, `test` or, of Spider, `validation`.
-            name: configuration of a hub dataset, such as `main`.
-            shots_source: a file with the rows that shots are taken from; None for the same hub dataset.
-            shots_split: split of the hub dataset for shots.
-            shots: `first_k` takes the first rows, `seeded` draws some, the same ones for all items.
-            template: `chat` (the tokenizer's chat format) or `plain` (text, for base checkpoints).
-            system_prompt: in place of the task's own; "" for none; None for the task's own.
-
-        Raises:
-            ConfigError: there are not enough shots, or nothing says where they are.
-            DataError: a source or a row cannot be used.
-            CheckpointError: the tokenizer has no chat format.
-            ValueError: an argument is out of range.
-        """
-        made = make_task()
-        sources = Sources(source, split or made.heldout_split, name, shots_source, shots_split)
-        rows = sources.read_items(made)
-        return build_generation_task(
-            task_name,
-            rows,
-            PromptFormat(made, sources.read_shots(made, num_shots, shots, seed), template, system_prompt),
-            make_scoring(rows),
-            tokenizer,
-            decoding,
-            seed=seed,
-            max_items=max_items,
-            progress=progress,
-        )
-
     doc = TASKS[task_name].doc if task_name in TASKS else ""
-    return join_builder(f"{task_name}_task", doc, build, task, scoring)
+    return join_builder(f"{task_name}_task", doc, build_question_answer_task, lambda: task_name, task, scoring)
+
+
+def build_question_answer_task(
+    make_name: Callable[[], str],
+    make_task: Callable[[], Task],
+    make_scoring: Callable[[Sequence[Row]], Scoring],
+    tokenizer: Tokenizer,
+    decoding: Decoding,
+    *,
+    source: str,
+    num_shots: int = 0,
+    seed: int = 0,
+    max_items: int | None = None,
+    progress: bool = True,
+    split: str | None = None,
+    name: str | None = None,
+    shots_source: str | None = None,
+    shots_split: str = "train",
+    shots: ShotOrder = "first_k",
+    template: Template = "chat",
+    system_prompt: str | None = None,
+) -> GenerationTask:
+    """Read items and shots, and encode the prompts.
+
+    Args:
+        make_name: gives the name of the task.
+        make_task: makes the task.
+        make_scoring: makes its scoring from the items.
+        tokenizer: the model's tokenizer.
+        decoding: how responses are generated.
+        source: items: a .jsonl file, or a hub dataset such as openai/gsm8k.
+        num_shots: solved examples in front of each question.
+        seed: seed of all random numbers.
+        max_items: evaluate only the first so many; None for all.
+        progress: show a progress bar, if stderr is a terminal.
+        split: split of a hub dataset; None for the task's own, `test` or, of Spider, `validation`.
+        name: configuration of a hub dataset, such as `main`.
+        shots_source: a file with the rows that shots are taken from; None for the same hub dataset.
+        shots_split: split of the hub dataset for shots.
+        shots: `first_k` takes the first rows, `seeded` draws some, the same ones for all items.
+        template: `chat` (the tokenizer's chat format) or `plain` (text, for base checkpoints).
+        system_prompt: in place of the task's own; "" for none; None for the task's own.
+
+    Raises:
+        ConfigError: there are not enough shots, or nothing says where they are.
+        DataError: a source or a row cannot be used.
+        CheckpointError: the tokenizer has no chat format.
+        ValueError: an argument is out of range.
+    """
+    made = make_task()
+    sources = Sources(source, split or made.heldout_split, name, shots_source, shots_split)
+    rows = sources.read_items(made)
+    examples = sources.read_shots(made, num_shots, shots, seed)
+    prompt_format = PromptFormat(made, examples, template, system_prompt)
+    parts = (make_name(), rows, prompt_format, make_scoring(rows), tokenizer, decoding)
+    return build_generation_task(*parts, seed=seed, max_items=max_items, progress=progress)
 
 
 def regex_pairs_task(

@@ -73,7 +73,9 @@ def test_it_is_in_the_saved_config_of_a_run_and_decides_whether_it_goes_on(capsy
 def test_a_key_may_hold_lists_texts_and_paths(capsys: pytest.CaptureFixture[str]) -> None:
     keys = ("betas: tuple[float, float] = (0.9, 0.95)", "names: list[str] = []", "folder: Path = Path('x')")
     copy("dllm_jepa_full", *keys)
-    Path("my.py").write_text(Path("my.py").read_text().replace("import math\n", "import math\nfrom pathlib import Path\n"))
+    Path("my.py").write_text(
+        Path("my.py").read_text().replace("import math\n", "import math\nfrom pathlib import Path\n")
+    )
     own = recipe_config("my.py")
     cfg = own.check(load_config([*SMALL, "betas=[0.5, 1]", "names=[a, b]", "folder=y"], own))
     assert (cfg.betas, cfg.names, cfg.folder) == ((0.5, 1.0), ["a", "b"], Path("y"))

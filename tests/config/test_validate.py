@@ -95,7 +95,9 @@ def test_builders_of_the_working_directory_are_found(tmp_path: Path, monkeypatch
     assert problems(*words) == []
 
 
-@pytest.mark.parametrize("key", ["output_dir", "tokenizer._component_", "tokenizer.path", "model.embed_dim", "optimizer.lr"])
+@pytest.mark.parametrize(
+    "key", ["output_dir", "tokenizer._component_", "tokenizer.path", "model.embed_dim", "optimizer.lr"]
+)
 def test_question_marks_must_be_set(key: str) -> None:
     assert only(f"{key}=???") == f"{key}: ??? must be set; write it into the yaml or give {key}=VALUE"
 

@@ -69,6 +69,20 @@ def test_truncation_cuts_the_end_and_is_counted() -> None:
     assert dataset.num_truncated == 2
 
 
+def test_a_warning_says_how_much_is_cut_and_what_would_fit() -> None:
+    lengths = [*range(2, 99), 250, 300]  # of 99: half have at most 51, 90 % at most 91, 99 % (99 of them) all
+    rows = [row("a", length, 1) for length in lengths]
+    assert build(rows[:97], max_seq_len=98).warnings == build(rows, max_seq_len=300).warnings == []
+    (warning,) = build(rows, max_seq_len=90).warnings
+    assert "10.1% of the sequences are cut to max_seq_len=90" in warning
+    assert "50 % have at most 51 tokens, 90 % 91, 99 % 300, and the longest has 300: max_seq_len=300 fits" in warning
+    # One in a hundred is a few outliers; of 200 rows, 99 % are 198.
+    many = [row("a", length, 1) for length in [10] * 196 + [20, 30, 40, 50]]
+    assert build(many, max_seq_len=30).warnings == []
+    (warning,) = build(many, max_seq_len=20).warnings
+    assert "99 % 30, and the longest has 50: max_seq_len=30 fits 99 %" in warning
+
+
 def test_first_token_of_a_shifted_model_is_never_maskable() -> None:
     rows = [row("a", 3, 0, 1)]
     assert build(rows)[0][1].tolist() == [True, True, False]

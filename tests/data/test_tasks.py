@@ -1,14 +1,18 @@
 """Tasks, chats and texts: exact tokens and maskable positions, written out by hand for a tokenizer of characters."""
 
+import inspect
 import json
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from annotated_types import Ge
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dllm_jepa.data import regex_pairs
 from dllm_jepa.data._chat import chat
 from dllm_jepa.data._sequences import SequenceDataset
 from dllm_jepa.data._tasks import TASKS, django, gsm8k, nlrx, spider
@@ -118,10 +122,6 @@ def test_system_prompt_in_place_of_the_tasks_own(
     assert shown(plain)[0] == f"{plain_prompt}(a|dog)$"
 
 
-def test_no_bos_where_the_tokenizer_has_none(tmp_path: Path) -> None:
-    assert shown(build_nlrx(tmp_path, tokenizer=BARE_TOKENIZER, template="plain"))[0] == "a dog\n(a|dog)$"
-
-
 @pytest.mark.parametrize("template", ["chat", "plain"])
 def test_a_shot_in_a_prompt_reads_like_a_training_example(template: Any) -> None:
     asked: dict[str, Any] = {"system": "Go.", "template": template}
@@ -149,15 +149,12 @@ def test_the_generation_prompt_is_what_stands_before_the_response(
 @pytest.mark.parametrize(
     ("options", "ending"),
     [
-        ({"eos_fill": 0}, "$"),
         ({"eos_fill": 1}, "$"),
         ({"eos_fill": 3}, "$$$"),
         # The prompt has 10 tokens and the response 8, of which one ends the turn.
         ({"eos_fill": 100, "max_seq_len": 25}, "$" * 7),
-        ({"eos_fill": 100, "max_seq_len": 19}, "$"),
         ({"canvas_tokens": 12}, "$" * 4),
         ({"canvas_tokens": 9}, "$"),
-        ({"canvas_tokens": 8}, "$"),
         ({"canvas_tokens": 2}, "$"),
         ({"canvas_tokens": 100, "max_seq_len": 25}, "$" * 7),
     ],
@@ -195,15 +192,11 @@ def test_too_long_refused(tmp_path: Path) -> None:
         build_nlrx(tmp_path, max_seq_len=18, too_long="refuse")
 
 
-@pytest.mark.parametrize("template", ["chat", "plain"])
 @pytest.mark.parametrize("mask_prompt", [False, True])
-@pytest.mark.parametrize("response", ["", " \n"])
-def test_blank_response_leaves_nothing_maskable(
-    tmp_path: Path, template: str, mask_prompt: bool, response: str
-) -> None:
-    rows = (PAIR, {"description": "a cat", "regex": response})
+def test_blank_response_leaves_nothing_maskable(tmp_path: Path, mask_prompt: bool) -> None:
+    rows = (PAIR, {"description": "a cat", "regex": " \n"})
     with pytest.raises(DataError, match="rows.jsonl line 2: no maskable token: there is no response to train on"):
-        build_nlrx(tmp_path, *rows, template=template, mask_prompt=mask_prompt)
+        build_nlrx(tmp_path, *rows, mask_prompt=mask_prompt)
 
 
 def test_masking_the_prompt_spares_the_bos(tmp_path: Path) -> None:
@@ -229,6 +222,40 @@ def test_masking_the_prompt_spares_the_bos(tmp_path: Path) -> None:
 def test_bad_options(tmp_path: Path, options: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         build_nlrx(tmp_path, **options)
+
+
+def test_datasets_know_the_prompt_they_were_encoded_with(tmp_path: Path) -> None:
+    own = TASKS["nlrx"].system_prompt
+    for template, asked, told in (("chat", None, own), ("plain", "Go.", "Go."), ("chat", "", "")):
+        dataset = build_nlrx(tmp_path, template=template, system_prompt=asked)
+        assert dataset.prompt == {"template": template, "system_prompt": told}
+    for asked in (None, "", "Go."):
+        dataset = build_chat(tmp_path, said("U hi", "A yo"), system_prompt=asked)
+        assert dataset.prompt == {"template": "chat", "system_prompt": asked}
+    assert text(TOKENIZER, source=jsonl(tmp_path, {"text": "abc"}), max_seq_len=9).prompt is None
+
+
+def test_max_rows_of_every_builder(tmp_path: Path) -> None:
+    assert len(build_nlrx(tmp_path, PAIR, PAIR, PAIR, max_rows=2)) == 2
+    assert len(build_chat(tmp_path, *[said("U hi", "A yo")] * 3, max_rows=2)) == 2
+    assert len(text(TOKENIZER, source=jsonl(tmp_path, *[{"text": "abc"}] * 3), max_seq_len=9, max_rows=2)) == 2
+    pairs = {"num_pairs": 5, "max_seq_len": 200, "template": "plain"}
+    few, all_pairs = regex_pairs(TOKENIZER, max_rows=2, **pairs), regex_pairs(TOKENIZER, **pairs)
+    assert [shown(few, index) for index in range(len(few))] == [shown(all_pairs, index) for index in range(2)]
+
+
+@pytest.mark.parametrize("builder", [gsm8k, nlrx, spider, django, regex_pairs])
+def test_builders_show_their_arguments_with_types_and_ranges(builder: Callable[..., SequenceDataset]) -> None:
+    parameters, hints = inspect.signature(builder).parameters, typing.get_type_hints(builder, include_extras=True)
+    assert {*parameters, "return"} == set(hints) and hints["return"] is SequenceDataset
+    assert hints["eos_fill"] == typing.Annotated[int, Ge(0)]
+    assert hints["canvas_tokens"] == typing.Annotated[int, Ge(1)] | None
+    assert parameters["max_seq_len"].default is inspect.Parameter.empty and parameters["template"].default == "chat"
+    assert ("tables" in parameters) is (builder is spider) and ("num_pairs" in parameters) is (builder is regex_pairs)
+    assert builder.__name__ in TASKS or builder is regex_pairs
+    needed = {"num_pairs": 1} if builder is regex_pairs else {"source": "x.jsonl"}
+    with pytest.raises(TypeError, match="tabels"):
+        builder(TOKENIZER, max_seq_len=9, tabels=None, **needed)
 
 
 @pytest.mark.parametrize("builder", [gsm8k, nlrx, spider, django])
@@ -280,11 +307,8 @@ def test_unknown_database_is_named(tmp_path: Path) -> None:
     ("content", "expected"),
     [
         ("[", "is not JSON: "),
-        ("[" * 100_000, "is not JSON: "),
         ({"db_id": "pets_1"}, "must hold a list of databases, not a dict"),
         ([DATABASE, 3], "database 1 is not of Spider's form"),
-        ([{"db_id": "pets_1"}], "database 0 is not of Spider's form .*table_names_original"),
-        ([DATABASE | {"column_names_original": [["PetID"]]}], "database 0 is not of Spider's form"),
         ([DATABASE | {"foreign_keys": [[2, 99]]}], "database 0 is not of Spider's form"),
     ],
 )
@@ -331,11 +355,10 @@ def test_system_prompt_of_a_chat(tmp_path: Path, system_prompt: str | None, expe
     assert shown(dataset)[0] == expected
 
 
-@pytest.mark.parametrize("mask_prompt", [False, True])
 @pytest.mark.parametrize("row", [said("U hi", "U again"), said("U hi", "A ")])
-def test_chat_without_an_answer(tmp_path: Path, row: Mapping[str, Any], mask_prompt: bool) -> None:
+def test_chat_without_an_answer(tmp_path: Path, row: Mapping[str, Any]) -> None:
     with pytest.raises(DataError, match="rows.jsonl line 2: no maskable token: there is no response to train on"):
-        build_chat(tmp_path, said("U hi", "A yo"), row, mask_prompt=mask_prompt)
+        build_chat(tmp_path, said("U hi", "A yo"), row, mask_prompt=True)
 
 
 @pytest.mark.parametrize(
@@ -343,13 +366,10 @@ def test_chat_without_an_answer(tmp_path: Path, row: Mapping[str, Any], mask_pro
     [
         ([], "field 'messages' is empty"),
         (["hi"], "message 1 is not an object with role and content"),
-        ([{"content": "hi"}], "message 1 has role None, must be one of system, user, assistant"),
         (
             [{"role": "user", "content": "hi"}, {"role": "tool", "content": "hi"}],
             "message 2 has role 'tool', must be one of system, user, assistant",
         ),
-        ([{"role": ["user"], "content": "hi"}], "message 1 has role ['user'], must be one of system, user, assistant"),
-        ([{"role": "user"}], "message 1 has no text under 'content'"),
         ([{"role": "user", "content": ["hi"]}], "message 1 has no text under 'content'"),
         ([{"role": "user", "content": "\ud800"}], "message 1 holds half of a surrogate pair at character 1"),
     ],
@@ -402,10 +422,3 @@ def test_chunks_hold_the_document_and_none_is_a_single_token(length: int, size: 
     assert all(2 <= len(chunk) <= size for chunk in chunks)
     assert all(len(chunk) == size for chunk in chunks[:-2])
     assert len(chunks) == -(-length // size)
-
-
-def test_builders_are_deterministic(tmp_path: Path) -> None:
-    rows = [{"description": f"number {index}", "regex": "x" * (index + 1)} for index in range(20)]
-    first, second = (build_nlrx(tmp_path, *rows, eos_fill=2) for _ in range(2))
-    assert first.tokens.tobytes() == second.tokens.tobytes()
-    assert first.maskable.tobytes() == second.maskable.tobytes()

@@ -26,31 +26,18 @@ def measures(prediction: str, code: str = GOLD) -> tuple[object, object]:
         (f"{GOLD}x", (True, False)),
         (f"x {GOLD}", (False, False)),
         ("def strip_tags(value):", (False, False)),
-        ("DEF strip_tags ( value ) :", (False, False)),
         (GOLD[:-1], (False, False)),
         ("", (False, False)),
-        (" \n", (False, False)),
     ],
 )
 def test_prefix_and_exact_match(prediction: str, expected: tuple[bool, bool]) -> None:
     assert measures(prediction) == expected
 
 
-def test_white_space_of_the_gold_line_does_not_count_either() -> None:
-    assert measures("a = 1", "  a  =\n1 ") == (True, True)
-
-
-@pytest.mark.parametrize("code", ["", " ", "\n\t"])
-def test_a_blank_gold_line_is_refused(code: str) -> None:
+def test_a_blank_gold_line_is_refused() -> None:
     # Any text starts with nothing: the row would be right for every prediction.
     with pytest.raises(DataError, match="'code' is blank"):
-        measures("anything", code)
-
-
-@pytest.mark.parametrize("piece", ["x ", " ", "\0", "\ud800", "def "])
-def test_a_megabyte_of_anything(piece: str) -> None:
-    assert measures(piece * (10**6 // len(piece))) == (False, False)
-    assert measures(GOLD + piece * (10**6 // len(piece)))[0] is True
+        measures("anything", "\n\t ")
 
 
 @given(st.text(max_size=30), st.text(max_size=30))

@@ -246,16 +246,12 @@ def test_solved_examples_that_are_not_there(
     ("change", "message"),
     [
         ({"choices": "black"}, "field 'choices' must be a list of texts, got 'black'"),
-        ({"choices": ["black", 4]}, "field 'choices' must be a list of texts"),
         ({"choices": []}, "there must be 2 to 26 choices, got 0"),
-        ({"choices": ["x"] * 27}, "there must be 2 to 26 choices, got 27"),
         ({"choices": ["x", "\ud800"]}, "field 'choices' holds half of a surrogate pair"),
         ({"answer": 2}, "field 'answer' must be the index of a choice, 0 to 1, got 2"),
-        ({"answer": -1}, "0 to 1, got -1"),
         ({"answer": True}, "0 to 1, got True"),
         ({"answer": "B"}, "0 to 1, got 'B'"),
         ({"subject": 3}, "field 'subject' must be a text, got 3"),
-        ({"question": None}, "field 'question' is null, must be text"),
         ({"answer": ...}, "has no field 'answer'; it has question, choices, subject"),
     ],
 )

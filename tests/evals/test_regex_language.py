@@ -5,7 +5,6 @@ import random
 from functools import lru_cache, reduce
 
 import numpy as np
-import pytest
 from greenery.charclass import DOT, Charclass
 from greenery.fsm import EPSILON, Fsm, from_charclass
 
@@ -127,9 +126,8 @@ def accepted(language: Language, length: int) -> list[bool]:
     return [language.accepting[state] for state in states]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_lines_are_those_whose_whole_span_is_denoted(seed: int) -> None:
-    rng = random.Random(seed)
+def test_lines_are_those_whose_whole_span_is_denoted() -> None:
+    rng = random.Random(0)
     num_accepted = num_lines = num_boundaries = 0
     for _ in range(250):
         tree = random_tree(rng, 4, LEAVES + WORD_LEAVES)
@@ -193,10 +191,10 @@ def mutate(rng: random.Random, tree: Tree) -> Tree:
 def test_random_pairs_are_equal_where_an_automata_library_says_so() -> None:
     rng = random.Random(0)
     num_equal = 0
-    for number in range(2000):
+    for number in range(400):
         tree = random_tree(rng, 2 + (number % 20 == 0), LEAVES)
         other = rewrite(rng, tree if number % 5 < 2 else mutate(rng, tree))
         expected = automaton_of(tree).equivalent(automaton_of(other))
         assert equivalent(write(tree), write(other)) == expected, (write(tree), write(other))
         num_equal += expected
-    assert 600 < num_equal < 1400, num_equal
+    assert 120 < num_equal < 280, num_equal

@@ -238,7 +238,7 @@ def test_the_folder_of_the_base_is_looked_at_first(
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_every_batch_belongs_to_one_rank(tmp_path: Path, world_size: int) -> None:
     cfg = OmegaConf.create({"output_dir": str(tmp_path), "resume": "auto", "dtype": "fp32", "batch_size": 2, "seed": 0})
-    source, task = SimpleNamespace(fingerprint="abc"), SimpleNamespace(facts=dict)
+    source, task = SimpleNamespace(fingerprint="abc"), SimpleNamespace(fingerprint=dict)
     dealt = []
     for rank in range(world_size):
         recipe = dllm_jepa_eval.DLLMJEPAEvalRecipe(cfg, Ranks(rank, world_size, torch.device("cpu")))

@@ -1,20 +1,11 @@
-"""The manifest of a checkpoint: name, size and checksum of each of its files, and of itself.
-
-The checksums are taken of the bytes on their way to the disk, not read back from it. So they certify what was meant,
-and a save reads nothing.
-"""
+"""The manifest of a checkpoint: name, size and checksum of each of its files, and of itself."""
 
 import hashlib
-import io
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from os import PathLike
 from pathlib import Path
-from typing import Any, cast
-
-from torch.distributed.checkpoint.filesystem import FileSystem
+from typing import Any
 
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.files import write_durably
@@ -46,76 +37,6 @@ class FileRecord:
 
     size: int
     sha256: str
-
-
-class HashingFileSystem(FileSystem):
-    """The file system that DCP writes to.
-
-    Attributes:
-        records: every file written through it, by name.
-        failure: why a write failed; what torch makes of it does not say.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: dict[str, FileRecord] = {}
-        self.failure: str | None = None
-
-    @contextmanager
-    def create_stream(self, path: str | PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        """Open a file and note, when it is closed, what was written."""
-        with super().create_stream(path, mode) as raw:
-            stream = _HashingStream(raw)
-            try:
-                yield stream
-            finally:
-                self.failure = self.failure or stream.failure
-        self.records[Path(path).name] = stream.record()
-
-    def rename(self, path: str | PathLike[str], new_path: str | PathLike[str]) -> None:
-        """Rename a file and its record."""
-        super().rename(path, new_path)
-        self.records[Path(new_path).name] = self.records.pop(Path(path).name)
-
-
-class _HashingStream(io.IOBase):
-    """Passes writes on and hashes them. There is no seeking: what is hashed is what stands in the file."""
-
-    def __init__(self, raw: io.IOBase) -> None:
-        self._raw = cast(io.BufferedWriter, raw)
-        self._hash = hashlib.sha256()
-        self._size = 0
-        self.failure: str | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            self._raw.write(data)
-        except OSError as error:
-            self.failure = str(error)
-            raise
-        self._hash.update(data)
-        written = memoryview(data).nbytes
-        self._size += written
-        return written
-
-    def tell(self) -> int:
-        return self._size
-
-    def flush(self) -> None:
-        if not self._raw.closed:
-            self._raw.flush()
-
-    def fileno(self) -> int:
-        # DCP asks for it to fsync, in places with bytes still in Python's own buffer.
-        self.flush()
-        return self._raw.fileno()
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-    def record(self) -> FileRecord:
-        return FileRecord(self._size, self._hash.hexdigest())
 
 
 def record_of(path: Path) -> FileRecord:

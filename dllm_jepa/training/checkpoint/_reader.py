@@ -1,28 +1,19 @@
-"""Reading a checkpoint: nothing of it is trusted before its manifest, and nothing in it is ever executed."""
+"""Reading a checkpoint: nothing of it is trusted before its manifest."""
 
 import functools
 import json
-import pathlib
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.serialization import _get_layout
 
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.training._ranks import Ranks
 from dllm_jepa.training.checkpoint._manifest import (
     CONFIG_NAME,
-    METADATA_NAME,
     STATE_NAME,
     FileRecord,
     UnreadableError,
@@ -30,66 +21,10 @@ from dllm_jepa.training.checkpoint._manifest import (
     read_manifest,
 )
 
+if TYPE_CHECKING:  # DCP takes half as long to import as torch itself: `_dcp` is imported when tensors are read
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
 _NUM_NAMED_TENSORS = 20
-
-# Everything that the pickle of DCP's metadata is made of. Paths become pure ones, which touch no disk.
-_METADATA_CLASSES: dict[tuple[str, str], Any] = {
-    (cls.__module__, cls.__qualname__): cls
-    for cls in (
-        Metadata,
-        StorageMeta,
-        TensorStorageMetadata,
-        dcp_metadata.ChunkStorageMetadata,
-        dcp_metadata.BytesStorageMetadata,
-        dcp_metadata.MetadataIndex,
-        dcp_metadata.TensorProperties,
-        dcp_metadata._MEM_FORMAT_ENCODING,
-        _StorageInfo,
-        torch.Size,
-    )
-} | {
-    ("torch.serialization", "_get_layout"): _get_layout,
-    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
-    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
-}
-
-
-# The one in Python: that in C cannot be told how to set the state of an object.
-_PythonUnpickler: Any = pickle._Unpickler
-
-
-class _MetadataUnpickler(_PythonUnpickler):  # type: ignore[misc]
-    """Admits the classes of DCP's metadata and types of tensors, nothing else."""
-
-    dispatch = dict(_PythonUnpickler.dispatch)
-
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        """Resolve one of the names that are admitted."""
-        if found := _METADATA_CLASSES.get((module_name, global_name)):
-            return found
-        if module_name == "torch" and isinstance(dtype := getattr(torch, global_name, None), torch.dtype):
-            return dtype
-        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, which no checkpoint needs")
-
-    def load_build(self) -> None:
-        """Set the state of an object; never that of a class or function, which the whole process shares."""
-        target = self.stack[-2]
-        if isinstance(target, type) or target is _get_layout:
-            raise pickle.UnpicklingError(f"it changes {target.__qualname__} itself")
-        super().load_build()
-
-    dispatch[pickle.BUILD[0]] = load_build
-
-
-class _Reader(FileSystemReader):
-    """DCP's reader, with metadata that were read once and safely."""
-
-    def __init__(self, path: Path, metadata: Metadata) -> None:
-        super().__init__(path)
-        self._metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._metadata
 
 
 class SavedCheckpoint:
@@ -165,13 +100,13 @@ class SavedCheckpoint:
         return self.path / CONFIG_NAME
 
     @functools.cached_property
-    def tensors(self) -> dict[str, TensorStorageMetadata]:
+    def tensors(self) -> "dict[str, TensorStorageMetadata]":
         """Shape and type of every tensor, by name.
 
         Raises:
             CheckpointError: if the metadata are not those of a checkpoint that holds tensors alone.
         """
-        return cast(dict[str, TensorStorageMetadata], self._metadata.state_dict_metadata)
+        return cast("dict[str, TensorStorageMetadata]", self._metadata.state_dict_metadata)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """One whole tensor on the CPU, converted to a type while it is read."""
@@ -204,41 +139,15 @@ class SavedCheckpoint:
         self._load(dict(tensors), ranks.group)
 
     def _load(self, tensors: dict[str, Tensor], group: ProcessGroup | None) -> None:
-        reader = _Reader(self.path, self._metadata)
-        try:
-            load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
-        except CheckpointException as error:  # on every rank
-            raise CheckpointError(f"checkpoint {self.path} cannot be read: {'; '.join(causes(error))}") from error
+        from dllm_jepa.training.checkpoint import _dcp
+
+        _dcp.read_tensors(self.path, self._metadata, tensors, group)
 
     @functools.cached_property
-    def _metadata(self) -> Metadata:
-        path = self.path / METADATA_NAME
-        try:
-            with path.open("rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-        # What the unpickler raises for bytes that are no pickle, or one that does not fit the admitted classes.
-        except (OSError, EOFError, LookupError, TypeError, ValueError, AttributeError, pickle.PickleError) as error:
-            raise CheckpointError(f"{path} is refused: {error}") from None
-        self._check(metadata)
-        return cast(Metadata, metadata)
+    def _metadata(self) -> "Metadata":
+        from dllm_jepa.training.checkpoint import _dcp
 
-    def _check(self, metadata: Any) -> None:
-        """Refuse what DCP would follow out of the directory, or unpickle."""
-        try:
-            entries, places = dict(metadata.state_dict_metadata), dict(metadata.storage_data)
-            others = [name for name, entry in entries.items() if not isinstance(entry, TensorStorageMetadata)]
-            unlisted = {place.relative_path for place in places.values()} - self.files.keys()
-        except (AttributeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.path / '.metadata'} is refused: {error}") from None
-        if others:
-            raise CheckpointError(f"{self.path / '.metadata'} is refused: {others[0]} is not a tensor")
-        if unlisted:
-            raise CheckpointError(f"{self.path / '.metadata'} is refused: {sorted(unlisted)[0]} is not in the manifest")
-
-
-def causes(error: CheckpointException) -> list[str]:
-    """What went wrong, on whichever ranks, without tracebacks."""
-    return sorted({str(cause).partition("\n")[0] for cause, _ in error.failures.values()})
+        return _dcp.read_metadata(self.path, self.files.keys())
 
 
 def _differences(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:

@@ -16,9 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.files import publish, write_durably
@@ -34,11 +31,9 @@ from dllm_jepa.training.checkpoint._manifest import (
     CONFIG_NAME,
     STATE_NAME,
     FileRecord,
-    HashingFileSystem,
     record_of,
     write_manifest,
 )
-from dllm_jepa.training.checkpoint._reader import causes
 
 # A run of one process is meant to have no process group.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -129,15 +124,16 @@ class CheckpointWriter:
                 self._thread.shutdown()
 
     def _write(self, step: int, tensors: Mapping[str, Tensor], state: str) -> None:
+        from torch.distributed.checkpoint.api import CheckpointException  # takes half as long to import as torch itself
+
+        from dllm_jepa.training.checkpoint import _dcp
+
         final = self._directory / checkpoint_name(step)
         unfinished = final.with_name(final.name + UNFINISHED)
-        files = HashingFileSystem()
+        files = _dcp.HashingFileSystem()
         try:
             self._ranks.on_rank_zero(lambda: _make_anew(unfinished, final))
-            writer = FileSystemWriter(unfinished)
-            writer.fs = files
-            group = self._ranks.group
-            save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
+            _dcp.write_tensors(unfinished, dict(tensors), files, self._ranks.group)
             records = self._ranks.gather_objects(files.records)
             self._ranks.on_rank_zero(lambda: self._commit(unfinished, final, records, state))
         except (CheckpointException, OSError) as error:  # on every rank
@@ -145,7 +141,7 @@ class CheckpointWriter:
                 shutil.rmtree(unfinished, ignore_errors=True)
             # torch hides why a write failed; the file system knows.
             reasons = {failure for failure in self._ranks.gather_objects(files.failure) if failure}
-            reasons = reasons or {*([str(error)] if isinstance(error, OSError) else causes(error))}
+            reasons = reasons or {*([str(error)] if isinstance(error, OSError) else _dcp.causes(error))}
             raise CheckpointError(self._failure(final, reasons)) from error
 
     def _commit(self, unfinished: Path, final: Path, records: list[dict[str, FileRecord]], state: str) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.training import SavedCheckpoint, list_checkpoints
-from dllm_jepa.training.checkpoint import _writer
+from dllm_jepa.training.checkpoint import _dcp
 from dllm_jepa.training.checkpoint._directory import kept_steps
 from tests.training.small_checkpoints import ONE_PROCESS, save, tensors, writer
 
@@ -73,14 +73,14 @@ class SlowDisk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.released = threading.Event()
         self.threads: list[str] = []
-        really_save = _writer.save
+        really_save = _dcp.write_tensors
 
         def save_later(*args, **kwargs) -> None:
             self.threads.append(threading.current_thread().name)
             assert self.released.wait(30)
             really_save(*args, **kwargs)
 
-        monkeypatch.setattr(_writer, "save", save_later)
+        monkeypatch.setattr(_dcp, "write_tensors", save_later)
 
 
 def test_an_asynchronous_save_is_of_the_step_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_a_failed_asynchronous_save_is_raised_by_the_next_one(
     def fail(*_, **__) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_writer, "save", fail)
+    monkeypatch.setattr(_dcp, "write_tensors", fail)
     saver = writer(tmp_path, async_save=True)
     saver.save(1, tensors(1), {})
     with pytest.raises(CheckpointError, match="step_00000001 could not be written.*No space left"):
