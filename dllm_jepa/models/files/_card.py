@@ -27,14 +27,14 @@ def model_card(part: str, state: Mapping[str, Any], config_yaml: str) -> str:
     lora, about = state["model"].get("lora"), _PARTS[part]
     if lora is not None:
         about += _about_adapters(lora)
-        origin = f"LoRA on {'random weights' if base is None else f'`{base}`'}"
+        made_from = f"LoRA on {'random weights' if base is None else f'`{base}`'}"
     else:
-        origin = "trained from scratch" if base is None else f"fine-tuned from `{base}`"
+        made_from = "trained from scratch" if base is None else f"fine-tuned from `{base}`"
     base_model = [] if base is None else [f"base_model: {json.dumps(base)}"]
     front = "\n".join(["---", *base_model, "library_name: dllm-jepa", f"tags: [masked-diffusion, {family}]", "---"])
     return f"""{front}
 
-# A {family} model, {origin}
+# A {family} model, {made_from}
 
 {about} Made by [DLLM-JEPA](https://arxiv.org/abs/2606.00091) fine-tuning, {step:,} optimizer steps.
 

@@ -119,7 +119,7 @@ def read_backend(
             these instead of tokenizer.json.
 
     Returns:
-        The tokenizer, with every added token under the id that the files give it.
+        The tokenizer, with every added token under the id that tokenizer_config.json gives it.
 
     Raises:
         CheckpointError: if the directory or its tokenizer files are missing, broken or contradict each other.
