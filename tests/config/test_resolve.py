@@ -9,8 +9,8 @@ import pytest
 from pydantic import Field
 
 from dllm_jepa import config
-from dllm_jepa.config import Component, Config, find_configs, find_recipes, load_config, parse, resolve_config
 from dllm_jepa import packaged as find_module
+from dllm_jepa.config import Component, Config, find_configs, find_recipes, load_config, parse, resolve_config
 from dllm_jepa.config import _parse as parse_module
 from dllm_jepa.errors import ConfigError, DataError, LaunchError
 
