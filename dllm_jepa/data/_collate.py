@@ -113,13 +113,7 @@ class TrainingBatches:
     """The micro-batches of one rank, step by step.
 
     Args:
-        dataset: tokenized sequences.
-        plan: batch plan over all ranks.
         draw_views: draws the two views of a sequence, as `jepa.ViewSampler` does.
-        rank: this rank.
-        seed: seed of the run.
-        mask_id: id of the mask token.
-        pad_id: id of the padding token.
         packed: one packed row a micro-batch, instead of padded rows.
     """
 
@@ -172,8 +166,6 @@ class PrefetchedBatches:
     What a step gets does not depend on it, since views are a pure function of seed, epoch and sequence.
 
     Args:
-        batches: the micro-batches of this rank.
-        num_steps: steps of the whole run.
         device: where they will go. For a GPU they are put into page-locked memory, from which it copies while it works.
     """
 
@@ -211,14 +203,13 @@ def collate(
 ) -> MicroBatch:
     """Lay out some sequences and note every position that the step will need.
 
+    Without sequences the micro-batch is a single padding token that counts for nothing.
+
     Args:
         drawn: (clean tokens [T], maskable [T], views) of each sequence.
         batch_positions: their positions in the global batch.
         pad_id: id of the padding token.
         packed: one packed row instead of padded rows.
-
-    Returns:
-        The micro-batch; for no sequences one of a single padding token that counts for nothing.
     """
     lengths = [len(tokens) for tokens, _, _ in drawn] or [1]
     shape = (1, sum(lengths)) if packed else (len(lengths), max(lengths))

@@ -57,16 +57,7 @@ class ExampleOptions:
             raise ValueError(f"canvas_tokens must be 1 or more tokens, got {self.canvas_tokens}")
 
     def finish(self, tokenizer: TextTokenizer, tokens: list[int], maskable: list[bool]) -> tuple[list[int], list[bool]]:
-        """Append the end-of-text tokens of the last response and, with `mask_prompt`, open the prompt to noise.
-
-        Args:
-            tokenizer: the model's tokenizer.
-            tokens: ids that end with a response.
-            maskable: True on the responses.
-
-        Returns:
-            The longer token ids and maskable.
-        """
+        """Append the end-of-text tokens of the last response and, with `mask_prompt`, open the prompt to noise."""
         tokens, maskable = close_response(
             tokenizer,
             tokens,
@@ -82,13 +73,7 @@ class ExampleOptions:
     def collect(
         self, examples: Iterable[tuple[list[int], list[bool], str]], *, source: str, system_prompt: str | None
     ) -> SequenceDataset:
-        """Collect finished examples (tokens, maskable, name of the row) into a dataset; see `build_sequences`.
-
-        Args:
-            examples: finished examples.
-            source: where the rows come from, for messages.
-            system_prompt: the one of all rows; None if every row has its own.
-        """
+        """Collect finished examples (tokens, maskable, name of the row) into a dataset; see `build_sequences`."""
         return build_sequences(
             examples,
             source=source,
@@ -101,20 +86,12 @@ class ExampleOptions:
 
 
 def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse a value that is not among the allowed ones.
-
-    Raises:
-        ValueError: naming the key, the value and the allowed ones.
-    """
+    """Refuse a value that is not among the allowed ones."""
     if value not in allowed:
         raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def check_max_seq_len(max_seq_len: int) -> None:
-    """Refuse a length into which nothing fits.
-
-    Raises:
-        ValueError: naming the value.
-    """
+    """Refuse a length into which nothing fits."""
     if max_seq_len < _MIN_SEQ_LEN:
         raise ValueError(f"max_seq_len must be at least {_MIN_SEQ_LEN} tokens, got {max_seq_len}")

@@ -24,10 +24,8 @@ class Task:
     """How a row becomes a question and a response.
 
     Args:
-        system_prompt: the task's own system prompt.
         fields: fields that every row must have, all of them text.
         question: the user field of a row.
-        response_field: the field that holds the response.
         doc: what the rows are, in one sentence.
         heldout_split: the split of its hub dataset that is evaluated on.
     """
@@ -75,13 +73,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows of a task.
-
-    Args:
-        task: what stands in prompt and response.
-        rows: rows that have the task's fields.
-        source: where they come from, for messages.
-    """
+    """Rows of a task, and where they come from, for messages."""
 
     task: Task
     rows: Iterable[Row]
@@ -91,12 +83,8 @@ class Examples:
 def question_answer_builder(name: str, task: Callable[..., Task]) -> Callable[..., SequenceDataset]:
     """Make the dataset builder of a task whose rows come from a file or from the hub.
 
-    Args:
-        name: name of the builder.
-        task: makes the task; the builder takes its keyword-only arguments too.
-
-    Returns:
-        A builder with the arguments of `read_examples` and `encode_examples`.
+    It takes the keyword-only arguments of `task`, which makes the task, and those of `read_examples` and
+    `encode_examples`.
     """
     doc = TASKS[name].doc if name in TASKS else ""
     return join_builder(name, doc, encode_examples, join_builder(name, "", read_examples, task))
@@ -215,17 +203,11 @@ spider = question_answer_builder("spider", spider_task)
 
 
 def read_schemas(path: str) -> dict[str, str]:
-    """Read tables.json of Spider.
-
-    Args:
-        path: a JSON list with one object per database.
+    """Read tables.json of Spider, a list with one object per database.
 
     Returns:
         Schema text by `db_id`: a line `table(column, column)` per table, in the names that queries use, and a line
         `foreign keys: table.column = table.column, ...` if there are any.
-
-    Raises:
-        DataError: the file cannot be read or is not of this form.
     """
     file = Path(path)
     try:

@@ -70,15 +70,9 @@ def text(
 
 
 def split_chunks(document: list[int], size: int) -> list[list[int]]:
-    """Cut a document into chunks of `size` tokens and a rest, of which none is a single token.
+    """Cut a document of two tokens or more into chunks of `size` (at least 3) and a rest, none of them a single token.
 
-    Args:
-        document: at least two token ids.
-        size: largest chunk in tokens, at least 3.
-
-    Returns:
-        The chunks in order. A rest of one token takes a second one from the chunk before it: alone it could not be
-        trained.
+    A rest of one token takes a second one from the chunk before it: alone it could not be trained.
     """
     cuts = list(range(0, len(document), size))
     if len(cuts) > 1 and len(document) - cuts[-1] == 1:

@@ -21,10 +21,6 @@ class Shots:
         examples: (question, response), in the order in which they are taken.
         num_shots: how many are taken, 0 or more.
         source: where they come from, for messages.
-
-    Raises:
-        ConfigError: there are not so many.
-        ValueError: `num_shots` is negative.
     """
 
     examples: Sequence[tuple[str, str]]
@@ -50,9 +46,6 @@ class Shots:
 
         The question itself, as a shot, would give its answer away; the next example takes its place, so that every
         prompt has as many.
-
-        Raises:
-            ConfigError: there are not so many others.
         """
         others = (example for example in self.examples if example[0] != question)
         shots = list(islice(others, self.num_shots))
@@ -65,16 +58,7 @@ class Shots:
 
 
 def in_order(rows: Sequence[_Row], order: ShotOrder, seed: int) -> list[_Row]:
-    """Put rows into the order in which shots are taken.
-
-    Args:
-        rows: in the order of their file.
-        order: `first_k` leaves them so, `seeded` draws an order.
-        seed: seed of that draw.
-
-    Raises:
-        ValueError: `order` is something else.
-    """
+    """Rows in the order in which shots are taken: `first_k` leaves that of the file, `seeded` draws one."""
     if order not in get_args(ShotOrder):
         raise ValueError(f"shots must be {' or '.join(get_args(ShotOrder))}, got {order!r}")
     if order == "first_k":

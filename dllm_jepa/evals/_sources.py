@@ -28,28 +28,11 @@ class Sources:
     shots_split: str
 
     def read_items(self, task: Task) -> list[Row]:
-        """Read the rows to evaluate.
-
-        Raises:
-            DataError: the source or a row cannot be used.
-        """
+        """The rows to evaluate."""
         return list(read_rows(self.source, fields=task.fields, split=self.split, name=self.name))
 
     def read_solved(self, fields: Sequence[str], num_shots: int) -> tuple[Iterable[Row], str]:
-        """Read the rows that shots are taken from.
-
-        Args:
-            fields: fields that every row must have.
-            num_shots: solved examples in front of each question, 0 or more.
-
-        Returns:
-            The rows, none for 0 shots, and where they come from.
-
-        Raises:
-            ConfigError: nothing says where they are.
-            DataError: the source or a row cannot be used, on the way through the rows.
-            ValueError: `num_shots` is negative.
-        """
+        """The rows that shots are taken from, none for 0 shots, and where they come from."""
         if num_shots < 0:
             raise ValueError(f"num_shots must be 0 or more, got {num_shots}")
         if num_shots == 0:
@@ -65,29 +48,13 @@ class Sources:
         return read_rows(source, fields=fields, split=self.shots_split, name=name), source
 
     def read_shots(self, task: Task, num_shots: int, order: ShotOrder, seed: int) -> Shots:
-        """Read the shots of a task that generates.
-
-        Args:
-            task: what stands in prompt and response.
-            num_shots: solved examples in front of each question.
-            order: see `in_order`.
-            seed: seed of a drawn order.
-
-        Raises:
-            ConfigError: there are not enough, or nothing says where they are.
-            DataError: the source or a row cannot be used.
-            ValueError: `num_shots` is negative.
-        """
+        """The shots of a task that generates."""
         rows, source = self.read_solved(task.fields, num_shots)
         return Shots(solve(task, in_order(list(rows), order, seed)), num_shots, source)
 
 
 def solve(task: Task, rows: Iterable[Row]) -> list[tuple[str, str]]:
-    """Questions and responses of rows.
-
-    Raises:
-        DataError: a row cannot be used.
-    """
+    """Questions and responses of rows."""
     examples = []
     for row in rows:
         with naming(row):

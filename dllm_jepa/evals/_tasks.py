@@ -33,9 +33,6 @@ def question_answer_task(
         task_name: what the task is called in scores.json.
         task: makes the task; the builder takes its keyword-only arguments too.
         scoring: makes, from the items, how predictions are judged; the same for its keyword-only arguments.
-
-    Returns:
-        A builder with the arguments of `build_question_answer_task`.
     """
     doc = TASKS[task_name].doc if task_name in TASKS else ""
     return join_builder(f"{task_name}_task", doc, build_question_answer_task, lambda: task_name, task, scoring)
@@ -153,12 +150,7 @@ def regex_pairs_task(
 
 
 def _nlrx_scoring(rows: Sequence[Row], *, dialect: Dialect = "word_boundary") -> Scoring:
-    r"""Score regexes by `nlrx.score`.
-
-    Args:
-        rows: the items.
-        dialect: what `\b` in a regex is; see `nlrx.score`.
-    """
+    """`nlrx.score`, with the dialect that it takes."""
     return _regex_scoring(dialect, ceiling="about 0.94 on NL-RX-Synth: many of its descriptions are ambiguous")
 
 
@@ -181,31 +173,16 @@ def _regex_scoring(dialect: Dialect, **known: str) -> Scoring:
 
 
 def _spider_questions(*, tables: str | None = None, schema_in_prompt: bool = False) -> Task:
-    """Ask as in training.
-
-    Args:
-        tables: Spider's tables.json; needed for `schema_in_prompt`.
-        schema_in_prompt: put the schema text of the row's database in front of its question.
-
-    Raises:
-        ConfigError: there are no tables for it.
-    """
+    """Ask as in training; `schema_in_prompt` puts the schema text of the row's database, from `tables`, in front."""
     if schema_in_prompt and tables is None:
         raise ConfigError("task.tables: missing; with schema_in_prompt=true it must name Spider's tables.json")
     return spider_questions(tables=tables if schema_in_prompt else None)
 
 
 def _spider_scoring(rows: Sequence[Row], *, databases: str | None = None, from_code_fence: bool = False) -> Scoring:
-    """Score queries by `spider.score`.
+    """`spider.score` on `databases`, a directory with `<db_id>/<db_id>.sqlite`.
 
-    Args:
-        rows: the items.
-        databases: directory with Spider's databases, `<db_id>/<db_id>.sqlite`; needed.
-        from_code_fence: of a response with a code fence (three backticks) take what stands in the first one.
-
-    Raises:
-        ConfigError: no databases are given.
-        DataError: some are missing.
+    With `from_code_fence` only the text in the first code fence (three backticks) of a response counts, if it has one.
     """
     if databases is None:
         raise ConfigError(f"task.databases: null given, must be the directory of Spider's databases. {spider.DOWNLOAD}")

@@ -36,10 +36,8 @@ class MMLUTask:
     letter among all tokens, in nats.
 
     Args:
-        questions: the items.
         prompts: token ids in front of each answer.
         letter_ids: ids of the answers A, B, ...; as many as the question with the most choices has.
-        tokenizer: the model's tokenizer.
         prompt_fingerprint: what the prompts were made from (JSON values).
     """
 
@@ -55,11 +53,7 @@ class MMLUTask:
         return [len(prompt) + 1 for prompt in self.prompts]
 
     def check_context(self, max_seq_len: int) -> None:
-        """Refuse prompts that do not fit into a model; see `EvalTask`.
-
-        Raises:
-            ConfigError: naming the longest one.
-        """
+        """Refuse prompts that do not fit into a model, naming the longest one; see `EvalTask`."""
         num_tokens, item = max((length, item) for item, length in enumerate(self.lengths))
         if num_tokens > max_seq_len:
             raise ConfigError(
@@ -118,7 +112,6 @@ class Question:
 
     Args:
         name: where it stands, for messages.
-        question: its text.
         choices: the answers to choose from, at least two.
         answer: index of the right one.
         subject: what it is about; "" if its row does not say.
@@ -235,11 +228,7 @@ def _read_shots(sources: Sources, num_shots: int) -> dict[str, Shots]:
 
 
 def _question(row: Row) -> Question:
-    """Check a row.
-
-    Raises:
-        DataError: naming the row and the field.
-    """
+    """Check a row."""
     if missing := [name for name in ("choices", "answer") if name not in row.values]:
         raise DataError(f"{row.name} has no field {', '.join(map(repr, missing))}; it has {', '.join(row.values)}")
     choices, answer, subject = row.values["choices"], row.values["answer"], row.values.get("subject")

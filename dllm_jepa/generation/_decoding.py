@@ -235,8 +235,7 @@ class Decoding:
     def _fill(self, canvases: Canvases, score: Scorer, banned: "_Banned", step: int, wanted: list[int]) -> Tensor:
         """One step: score the masked tokens, pick a token for each, and commit the surest ones.
 
-        Returns:
-            bool [], whether the logits were numbers, on the device of the model.
+        Returns whether the logits were numbers, bool [] on the device of the model.
         """
         asked = [left if count else 0 for left, count in zip(canvases.left, wanted, strict=True)]
         columns, masked = canvases.first_masked(max(asked))  # [B, m]
@@ -311,11 +310,7 @@ def _check_finite(is_finite: Tensor) -> None:
 
 
 def count_blocks(gen_length: int, block_length: int) -> int:
-    """Blocks of a canvas, the last of which may be shorter.
-
-    Raises:
-        ValueError: if the lengths do not fit each other.
-    """
+    """Blocks of a canvas, the last of which may be shorter."""
     if gen_length < 1:
         raise ValueError(f"gen_length must be at least 1, got {gen_length}")
     if not 1 <= block_length <= gen_length:

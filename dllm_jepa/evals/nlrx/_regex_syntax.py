@@ -57,12 +57,7 @@ class _Level:
 
 
 def parse(text: str, terms: Terms, *, dialect: Dialect) -> Term:
-    r"""Read a regex; without recursion, so that no nesting is too deep for it.
-
-    Args:
-        text: any text.
-        terms: what makes the terms.
-        dialect: what `\b` is.
+    """Read a regex; without recursion, so that no nesting is too deep for it.
 
     Raises:
         RegexSyntaxError: the text is no regex, is longer than 1,000 characters or has a repeat above 64.

@@ -18,12 +18,8 @@ def equivalent(regex: str, other: str, *, dialect: Dialect = "word_boundary") ->
     Lines are texts of any characters; all characters but TAB and 0x20-0x7e count as one and the same, which is no word
     character. Each regex has to be one that can be read within the bounds: one that is not equals nothing, itself
     included. The bounds (1,000 characters, repeats of 64, nesting of 64 operators, and a number of operations that
-    takes below a second) do not depend on the speed of the machine. `_regex_syntax` describes the dialect.
-
-    Args:
-        regex: any text.
-        other: any text.
-        dialect: `word_boundary`, where `\b` is a zero-width word boundary, or `brics`, where it is a literal b.
+    takes below a second) do not depend on the speed of the machine. `_regex_syntax` describes the dialect: by
+    `word_boundary` `\b` is a zero-width word boundary, by `brics` a literal b.
 
     Raises:
         ValueError: there is no such dialect.
@@ -37,10 +33,6 @@ def equivalent(regex: str, other: str, *, dialect: Dialect = "word_boundary") ->
 def is_empty(regex: str, *, dialect: Dialect = "word_boundary") -> bool:
     """Whether a regex matches no line at all.
 
-    Args:
-        regex: any regex that `equivalent` can read.
-        dialect: as in `equivalent`.
-
     Raises:
         ValueError: the text is no regex or one that is too large.
     """
@@ -48,11 +40,7 @@ def is_empty(regex: str, *, dialect: Dialect = "word_boundary") -> bool:
 
 
 def gold_regex(row: Mapping[str, Any], *, dialect: Dialect = "word_boundary") -> str:
-    """The gold regex, without the white space at its ends.
-
-    Args:
-        row: with `regex`, a text.
-        dialect: as in `equivalent`.
+    """The gold regex, `regex` of a row, without the white space at its ends.
 
     Raises:
         DataError: it is no regex or one that is too large; no prediction could match it.
@@ -61,12 +49,7 @@ def gold_regex(row: Mapping[str, Any], *, dialect: Dialect = "word_boundary") ->
 
 
 def score(prediction: str, row: Mapping[str, Any], *, dialect: Dialect = "word_boundary") -> Score:
-    """Compare a predicted regex with the gold one; white space at the ends is no part of either.
-
-    Args:
-        prediction: any text.
-        row: with `regex`, the gold regex.
-        dialect: as in `equivalent`.
+    """Compare a predicted regex with `regex` of a row; white space at the ends is no part of either.
 
     Returns:
         `functional_match`, whether both match the same lines; `exact_match`, whether they are the same text; and
@@ -105,11 +88,7 @@ class _Group:
 
 
 def best_constant(regexes: Sequence[str], *, dialect: Dialect = "word_boundary") -> tuple[str, int]:
-    """The one answer that would be right most often, and how often.
-
-    Args:
-        regexes: gold regexes, at least one, all of them such that `equivalent` can read them.
-        dialect: as in `equivalent`.
+    """The one answer that would be right most often for gold regexes, and how often.
 
     Returns:
         The shortest text of the language that occurs most often, and the number of its occurrences; of several such

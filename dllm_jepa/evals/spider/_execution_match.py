@@ -24,9 +24,7 @@ class Databases:
     all of them.
 
     Args:
-        directory: holds one directory per database.
         db_ids: the databases that will be asked for.
-        limits: what one query may use.
         keep_distinct: leave DISTINCT in the queries; the official evaluation takes it out of gold and prediction, and
             so do we unless this is set.
 
@@ -57,32 +55,24 @@ class Databases:
         self._sandbox = Sandbox(limits)
 
     def files(self, db_id: str) -> list[Path]:
-        """The files of a database, one at least.
-
-        Raises:
-            ValueError: it is not among the `db_ids`.
-        """
+        """The files of a database, one at least."""
         if db_id not in self._files:
             raise ValueError(f"db_id {db_id!r} is not among the {len(self._files)} databases that were asked for")
         return self._files[db_id]
 
     def execute(self, sql: str, file: Path) -> Result:
-        """Run a query on a file, after the official changes to its text.
-
-        Raises:
-            DataError: the file is missing or damaged.
-        """
+        """Run a query on a file, after the official changes to its text; see `Sandbox.execute`."""
         return self._sandbox.execute(to_execute(sql, keep_distinct=self.keep_distinct), file)
 
 
 def score(prediction: str, row: Mapping[str, Any], databases: Databases) -> Score:
-    """Run a prediction and the gold query and compare their rows.
+    """Run a prediction and `query` of a row on the database `db_id` of the row, and compare what they give.
 
     `execution_match` follows the official test-suite evaluation: the rows are the same, each as often, under some
     order of the columns; their order counts only if the gold query has ORDER BY; a prediction that fails is wrong. It
     is None if the gold query itself cannot run on all files, as the row then tells nothing about the prediction.
     `exact_match` compares the queries as tokens: white space, comments, trailing semicolons, and case outside quotes do
-    not count.
+    not count. The note says why a prediction is wrong.
 
     A gold query that takes nearly as long as the limits allow may run on one machine and not on another, so the number
     of rows with a score may differ between them; on one machine it never depends on the predictions.
@@ -90,19 +80,11 @@ def score(prediction: str, row: Mapping[str, Any], databases: Databases) -> Scor
     Where the official evaluation takes DISTINCT out of a prediction, it also drops all behind its first statement and
     so accepts `SELECT 1; SELECT 2` for `SELECT 1`; here more than one statement is wrong.
 
-    Args:
-        prediction: anything at all.
-        row: has `db_id` and `query`, the gold query.
-        databases: has the row's database.
-
-    Returns:
-        The measures, and why the prediction is wrong.
-
     Raises:
         DataError: the database is damaged; the message names it.
 
     Source: taoyds/test-suite-sql-eval, exec_eval.py, the rules of `eval_exec_match` with the options as they are
-        unless set (Zhong et al. 2020, "Semantic Evaluation for Text-to-SQL with Distilled Test Suites").
+    unless set (Zhong et al. 2020, "Semantic Evaluation for Text-to-SQL with Distilled Test Suites").
     """
     gold = row["query"]
     match, note = _execution_match(prediction, gold, row["db_id"], databases)

@@ -34,12 +34,8 @@ def tokens(sql: str) -> list[str]:
 def to_execute(sql: str, *, keep_distinct: bool) -> str:
     """What is run for a query: operators without blanks in them, 2020 for the current year, no trailing semicolons.
 
-    Args:
-        sql: gold or prediction.
-        keep_distinct: leave the word DISTINCT where it is.
-
     Source: taoyds/test-suite-sql-eval, exec_eval.py, the rules of `postprocess`, `replace_cur_year` and
-        `remove_distinct`. Semicolons are ours.
+    `remove_distinct`. Semicolons are ours.
     """
     sql = _CURRENT_YEAR.sub("2020", _join_operators(sql)).rstrip("; \t\r\n")
     if keep_distinct:
