@@ -224,24 +224,25 @@ def collate(
             flat[slots] = np.concatenate(values)
         return torch.from_numpy(flat.reshape(shape))
 
-    def joined(values: list[Any], dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.concatenate(values)).to(dtype) if values else torch.zeros(0, dtype=dtype)
+    def joined(values: list[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        return np.concatenate([np.zeros(0, dtype=dtype), *values])
 
     context = [views.context for _, _, views in drawn]
     target = [views.target for _, _, views in drawn]
     sequences = np.split(sequence_of, np.cumsum(lengths)[:-1]) if drawn else []
-    masked, hidden = _joined_masks(context), _joined_masks(target)
-    labels = joined([tokens for tokens, _, _ in drawn], torch.int64)
+    masked, hidden = (joined([view.masked for view in views], np.bool_) for views in (context, target))
     return MicroBatch(
         context=lay_out([view.tokens for view in context], pad_id),
         target=lay_out([view.tokens for view in target], pad_id),
-        attention_mask=PackedSequences.from_lengths(lengths) if packed else _real_tokens(shape, lengths),
+        attention_mask=PackedSequences.from_lengths(lengths)
+        if packed
+        else torch.arange(shape[1]) < torch.tensor(lengths)[:, None],
         input_pos=lay_out([np.arange(length) for length in lengths], 0),
         context_ids=lay_out([np.where(v.masked, -1, s) for v, s in zip(context, sequences, strict=True)], -1),
         target_ids=lay_out([np.where(v.masked, -1, s) for v, s in zip(target, sequences, strict=True)], -1),
         target_visible=torch.from_numpy(slots[: len(hidden)][~hidden]),
         masked_positions=torch.from_numpy(slots[: len(masked)][masked]),
-        labels=labels[torch.from_numpy(masked)],
+        labels=torch.from_numpy(joined([tokens for tokens, _, _ in drawn], np.int64)[masked]),
         sequence_of_masked=torch.from_numpy(sequence_of[masked]),
         mask_ratio=torch.tensor([view.mask_ratio for view in context], dtype=torch.float32),
         num_masked=torch.tensor([int(view.masked.sum()) for view in context], dtype=torch.int64),
@@ -251,11 +252,3 @@ def collate(
         num_tokens=sum(lengths) if drawn else 0,
         squared_lengths=sum(length**2 for length in lengths) if drawn else 0,
     )
-
-
-def _real_tokens(shape: tuple[int, int], lengths: list[int]) -> Tensor:
-    return torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
-
-
-def _joined_masks(views: Sequence[Any]) -> npt.NDArray[np.bool_]:
-    return np.concatenate([view.masked for view in views]) if views else np.zeros(0, dtype=np.bool_)

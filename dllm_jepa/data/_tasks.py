@@ -14,7 +14,7 @@ from annotated_types import Ge
 from dllm_jepa.data._builders import join_builder
 from dllm_jepa.data._examples import ExampleOptions, TooLong
 from dllm_jepa.data._sequences import SequenceDataset
-from dllm_jepa.data._sources import Row, read_rows
+from dllm_jepa.data._sources import Row, naming, read_rows
 from dllm_jepa.data._templates import Template, TextTokenizer, format_example
 from dllm_jepa.errors import DataError
 
@@ -157,8 +157,10 @@ def encode_examples(
     def encoded() -> Iterator[tuple[list[int], list[bool], str]]:
         for row in found.rows:
             response = row.values[task.response_field]
+            with naming(row):
+                question = task.question(row.values)
             tokens, maskable = format_example(
-                tokenizer, system=system, question=_question(task, row), response=response, template=template
+                tokenizer, system=system, question=question, response=response, template=template
             )
             if response.strip():
                 yield *options.finish(tokenizer, tokens, maskable), row.name
@@ -166,13 +168,6 @@ def encode_examples(
                 yield tokens, [False] * len(tokens), row.name
 
     return options.collect(encoded(), source=found.source, system_prompt=system)
-
-
-def _question(task: Task, row: Row) -> str:
-    try:
-        return task.question(row.values)
-    except DataError as error:
-        raise DataError(f"{row.name}: {error}") from error
 
 
 def spider_task(*, tables: str | None = None) -> Task:

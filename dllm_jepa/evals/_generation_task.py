@@ -7,10 +7,9 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
-from dllm_jepa.data import Row, Task, Template, format_prompt
+from dllm_jepa.data import Row, Task, Template, format_prompt, naming
 from dllm_jepa.errors import ConfigError
 from dllm_jepa.evals._shots import Shots
-from dllm_jepa.evals._sources import naming
 from dllm_jepa.evals._task import ItemResult, Score, described, sha256_of
 from dllm_jepa.generation import Decoding
 from dllm_jepa.models import MaskedDiffusionLM, Tokenizer

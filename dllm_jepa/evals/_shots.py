@@ -1,11 +1,12 @@
-"""Shots: the solved examples that stand in front of a question."""
+"""Shots: the solved examples that stand in front of a question, and where they come from."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, TypeVar, get_args
 
+from dllm_jepa.data import Row, Task, is_row_file, naming, read_rows
 from dllm_jepa.errors import ConfigError
 
 ShotOrder = Literal["first_k", "seeded"]
@@ -67,3 +68,46 @@ def in_order(rows: Sequence[_Row], order: ShotOrder, seed: int) -> list[_Row]:
     generator = random.Random(f"shots {seed}")
     keys = [generator.random() for _ in rows]
     return [rows[index] for index in sorted(range(len(rows)), key=keys.__getitem__)]
+
+
+def read_solved(
+    fields: Sequence[str],
+    num_shots: int,
+    *,
+    source: str,
+    name: str | None,
+    shots_source: str | None,
+    shots_split: str,
+) -> tuple[Iterable[Row], str]:
+    """The rows that shots are taken from, none for 0 shots, and where they come from.
+
+    Args:
+        fields: fields that every row must have.
+        num_shots: solved examples in front of each question, 0 or more.
+        source: file or hub dataset of the items.
+        name: configuration of that hub dataset.
+        shots_source: a file, or another hub dataset; None for that of the items. A file of items has no shots.
+        shots_split: split of a hub dataset.
+    """
+    if num_shots < 0:
+        raise ValueError(f"num_shots must be 0 or more, got {num_shots}")
+    if num_shots == 0:
+        return (), "nothing"
+    if shots_source is None and is_row_file(source):
+        raise ConfigError(
+            f"task.shots_source: missing; with num_shots={num_shots} it must name a file of solved examples, such "
+            f"as train.jsonl, since {source} is a file and holds the items; or set num_shots=0"
+        )
+    # The configuration is that of the items' dataset; another source, such as a file, has none.
+    name = name if shots_source in (None, source) else None
+    shots_source = shots_source or source
+    return read_rows(shots_source, fields=fields, split=shots_split, name=name), shots_source
+
+
+def solve(task: Task, rows: Iterable[Row]) -> list[tuple[str, str]]:
+    """Questions and responses of rows."""
+    examples = []
+    for row in rows:
+        with naming(row):
+            examples.append((task.question(row.values), row.values[task.response_field]))
+    return examples

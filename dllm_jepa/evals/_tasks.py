@@ -11,13 +11,12 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from dllm_jepa.data import TASKS, Row, Task, Template, generate_regex_pairs, join_builder
+from dllm_jepa.data import TASKS, Row, Task, Template, generate_regex_pairs, join_builder, read_rows
 from dllm_jepa.data import spider_task as spider_questions
 from dllm_jepa.errors import ConfigError
 from dllm_jepa.evals import django, gsm8k, nlrx, spider
 from dllm_jepa.evals._generation_task import GenerationTask, PromptFormat, Scoring, build_generation_task
-from dllm_jepa.evals._shots import ShotOrder, Shots
-from dllm_jepa.evals._sources import Sources, solve
+from dllm_jepa.evals._shots import ShotOrder, Shots, in_order, read_solved, solve
 from dllm_jepa.evals._task import Score, sha256_of
 from dllm_jepa.evals.nlrx import Dialect
 from dllm_jepa.generation import Decoding
@@ -86,9 +85,11 @@ def build_question_answer_task(
         ValueError: an argument is out of range.
     """
     made = make_task()
-    sources = Sources(source, split or made.heldout_split, name, shots_source, shots_split)
-    rows = sources.read_items(made)
-    examples = sources.read_shots(made, num_shots, shots, seed)
+    rows = list(read_rows(source, fields=made.fields, split=split or made.heldout_split, name=name))
+    solved, where = read_solved(
+        made.fields, num_shots, source=source, name=name, shots_source=shots_source, shots_split=shots_split
+    )
+    examples = Shots(solve(made, in_order(list(solved), shots, seed)), num_shots, where)
     prompt_format = PromptFormat(made, examples, template, system_prompt)
     parts = (make_name(), rows, prompt_format, make_scoring(rows), tokenizer, decoding)
     return build_generation_task(*parts, seed=seed, max_items=max_items, progress=progress)

@@ -18,8 +18,7 @@ from tqdm import tqdm
 from dllm_jepa.data import Row, Template, check_text, format_prompt, read_rows
 from dllm_jepa.errors import CheckpointError, ConfigError, DataError
 from dllm_jepa.evals._masked_rows import MaskedRow, candidate_log_probs
-from dllm_jepa.evals._shots import Shots
-from dllm_jepa.evals._sources import Sources
+from dllm_jepa.evals._shots import Shots, read_solved
 from dllm_jepa.evals._task import ItemResult, Score, sha256_of
 from dllm_jepa.models import MaskedDiffusionLM, Tokenizer
 
@@ -174,7 +173,13 @@ def mmlu_task(
     if max_items is not None and max_items < 1:
         raise ValueError(f"max_items must be at least 1, got {max_items}")
     questions = [_question(row) for row in islice(read_rows(source, fields=_FIELDS, split=split, name=name), max_items)]
-    shots = _read_shots(Sources(source, split, name, shots_source, shots_split), num_shots)
+    rows, where = read_solved(
+        _FIELDS, num_shots, source=source, name=name, shots_source=shots_source, shots_split=shots_split
+    )
+    solved = defaultdict(list)
+    for question in map(_question, rows):
+        solved[question.subject].append((question.text(), LETTERS[question.answer]))
+    shots = {subject: Shots(pairs, num_shots, f"{where}, subject {subject!r},") for subject, pairs in solved.items()}
     for question in questions:
         if shots and question.subject not in shots:
             raise ConfigError(
@@ -183,10 +188,9 @@ def mmlu_task(
             )
     letter_ids = _letter_ids(tokenizer, template, max(len(question.choices) for question in questions))
     # None switches the bar off where there is no terminal to draw it on.
-    rows = tqdm(questions, desc="prompts of mmlu", unit=" rows", disable=None if progress else True)
-    prompts = [_prompt(tokenizer, question, shots, template) for question in rows]
-    prompt_fingerprint = {"template": template, "num_shots": num_shots}
-    return MMLUTask(questions, prompts, letter_ids, tokenizer, prompt_fingerprint)
+    bar = tqdm(questions, desc="prompts of mmlu", unit=" rows", disable=None if progress else True)
+    prompts = [_prompt(tokenizer, question, shots, template) for question in bar]
+    return MMLUTask(questions, prompts, letter_ids, tokenizer, {"template": template, "num_shots": num_shots})
 
 
 def _prompt(tokenizer: Tokenizer, question: Question, shots: Mapping[str, Shots], template: Template) -> list[int]:
@@ -216,15 +220,6 @@ def _letter_ids(tokenizer: Tokenizer, template: Template, num_letters: int) -> l
             f"whose answers are written {'with' if template == 'chat' else 'without'} a blank, or another tokenizer"
         )
     return letter_ids
-
-
-def _read_shots(sources: Sources, num_shots: int) -> dict[str, Shots]:
-    """Solved examples by subject."""
-    rows, where = sources.read_solved(_FIELDS, num_shots)
-    solved = defaultdict(list)
-    for question in map(_question, rows):
-        solved[question.subject].append((question.text(), LETTERS[question.answer]))
-    return {subject: Shots(pairs, num_shots, f"{where}, subject {subject!r},") for subject, pairs in solved.items()}
 
 
 def _question(row: Row) -> Question:

@@ -260,15 +260,11 @@ class Decoding:
         confidence = torch.empty(given.shape[:2], dtype=torch.float32, device=given.device)
         highest = torch.empty_like(confidence)
         for part in _parts(*given.shape[:2]):
-            picked[part], confidence[part], highest[part] = self._pick_part(
-                logits.part(*part), banned.among(given), noise.part(*part)
-            )
+            of_part, part_noise = logits.part(*part), noise.part(*part)  # fp32 [b, n, V]
+            picked[part], scores = self.sampling(of_part, banned.among(given), part_noise)
+            confidence[part] = CONFIDENCES[self.confidence](scores, picked[part], part_noise)
+            highest[part] = of_part.amax(-1)  # NaN where any logit is
         return picked, confidence, highest.isfinite().all()
-
-    def _pick_part(self, logits: Tensor, banned: Tensor, noise: RowNoise) -> tuple[Tensor, Tensor, Tensor]:
-        """For logits fp32 [b, n, V]: tokens, how sure they are, and the highest logit or NaN, all [b, n]."""
-        picked, scores = self.sampling(logits, banned, noise)
-        return picked, CONFIDENCES[self.confidence](scores, picked, noise), logits.amax(-1)
 
 
 class _Banned:

@@ -8,7 +8,7 @@ import pytest
 
 from dllm_jepa.errors import DataError
 from dllm_jepa.evals.spider import Databases, Limits, from_code_fence, score
-from dllm_jepa.evals.spider._sql_text import has_order_by, to_compare, to_execute, tokens
+from dllm_jepa.evals.spider._sql_text import has_order_by, to_compare, to_execute
 
 ROWS = [(1, "Joe", "US", 52), (2, "Ann", "FR", 32), (3, "Tim", "FR", 32), (4, "Ann", "NL", None)]
 GOLD = "SELECT name FROM singer WHERE country = 'FR'"
@@ -215,10 +215,10 @@ def test_order_by_is_found_outside_quotes() -> None:
 
 
 def test_tokens_of_a_query() -> None:
-    sql = "SELECT T1.a, 'it''s', 1.5e3 FROM [my t] AS T1 WHERE `x`<>-.5||\"q\" -- end"
-    assert tokens(sql) == [
-        *("SELECT", "T1", ".", "a", ",", "'it''s'", ",", "1.5e3", "FROM", "[my t]", "AS", "T1", "WHERE", "`x`"),
-        *("<>", "-", ".5", "||", '"q"'),
+    sql = "SELECT T1.a, 'It''s', 1.5e3 FROM [My t] AS T1 WHERE `x`<>-.5||\"Q\" -- end"
+    assert to_compare(sql) == [
+        *("select", "t1", ".", "a", ",", "'It''s'", ",", "1.5e3", "from", "[My t]", "as", "t1", "where", "`x`"),
+        *("<>", "-", ".5", "||", '"Q"'),
     ]
 
 

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from dllm_jepa.errors import DataError
@@ -74,19 +73,6 @@ def score(prediction: str, row: Mapping[str, Any], *, dialect: Dialect = "word_b
     return Score(measures, note)
 
 
-@dataclass
-class _Group:
-    """Regexes of one language.
-
-    Args:
-        language: the language.
-        regexes: their texts, as often as they occur.
-    """
-
-    language: Language
-    regexes: list[str]
-
-
 def best_constant(regexes: Sequence[str], *, dialect: Dialect = "word_boundary") -> tuple[str, int]:
     """The one answer that would be right most often for gold regexes, and how often.
 
@@ -99,17 +85,18 @@ def best_constant(regexes: Sequence[str], *, dialect: Dialect = "word_boundary")
     """
     if not regexes:
         raise ValueError("there is no regex")
-    buckets: dict[int, list[_Group]] = {}
+    # By fingerprint: each language with its regexes, as often as they occur.
+    buckets: dict[int, list[tuple[Language, list[str]]]] = {}
     for regex, times in Counter(regexes).items():
         language = read_language(regex, dialect=dialect)
         bucket = buckets.setdefault(language.fingerprint(), [])
-        group = next((group for group in bucket if group.language.equals(language)), None)
-        if group is None:
-            group = _Group(language, [])
-            bucket.append(group)
-        group.regexes += [regex] * times
-    largest = max((group for bucket in buckets.values() for group in bucket), key=lambda group: len(group.regexes))
-    return min(largest.regexes, key=len), len(largest.regexes)
+        texts = next((texts for other, texts in bucket if other.equals(language)), None)
+        if texts is None:
+            texts = []
+            bucket.append((language, texts))
+        texts += [regex] * times
+    largest = max((texts for bucket in buckets.values() for _, texts in bucket), key=len)
+    return min(largest, key=len), len(largest)
 
 
 def _gold(row: Mapping[str, Any], dialect: Dialect) -> tuple[str, Language]:

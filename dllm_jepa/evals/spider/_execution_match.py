@@ -36,10 +36,12 @@ class Databases:
         self, directory: Path, db_ids: Iterable[str], *, limits: Limits | None = None, keep_distinct: bool = False
     ) -> None:
         """Find the files."""
-        try:
-            wanted = sorted({_directory_name(db_id) for db_id in db_ids})
-        except ValueError as error:
-            raise DataError(f"a row names no database of {directory}: {error}") from error
+        wanted = sorted(set(db_ids), key=str)
+        for db_id in wanted:
+            if not isinstance(db_id, str) or db_id in ("", ".", "..") or Path(db_id).name != db_id or "\0" in db_id:
+                raise DataError(
+                    f"a row names no database of {directory}: db_id {db_id!r} must be the name of a directory"
+                )
         self._files = {
             db_id: sorted(file for file in (directory / db_id).glob("*.sqlite") if file.is_file()) for db_id in wanted
         }
@@ -109,14 +111,3 @@ def _execution_match(prediction: str, gold: str, db_id: str, databases: Database
         if not same_result(rows, found.rows, ordered=has_order_by(gold)):
             return False, f"other rows than the gold query ({len(found.rows)}, gold {len(rows)})"
     return True, ""
-
-
-def _directory_name(db_id: object) -> str:
-    """A `db_id` as it is, if a directory inside another one may have that name.
-
-    Raises:
-        ValueError: it may not: the name is empty, leads elsewhere, or is no text.
-    """
-    if not isinstance(db_id, str) or db_id in ("", ".", "..") or Path(db_id).name != db_id or "\0" in db_id:
-        raise ValueError(f"db_id {db_id!r} must be the name of a directory")
-    return db_id
