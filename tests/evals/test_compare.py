@@ -86,13 +86,6 @@ def test_only_items_to_which_a_measure_applies_in_both_count(tmp_path: Path) -> 
     assert (measures["match"].n, measures["match"].a, measures["match"].b) == (2, 0.5, 1.0)
 
 
-def test_the_order_of_the_lines_does_not_matter(pair: tuple[Path, Path]) -> None:
-    before = compare(*pair).measures
-    path = pair[1] / "generations.jsonl"
-    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
-    assert compare(*pair).measures == before
-
-
 def test_settings_that_differ_are_warned_of(tmp_path: Path) -> None:
     decoding = {"kind": "LLaDADecoding", "gen_length": 256, "steps": 64}
     a = evaluation(tmp_path / "a", A, num_shots=4)

@@ -37,12 +37,6 @@ def test_batches_of_all_ranks_come_back_in_the_order_of_the_items(tmp_path: Path
     assert sorted(path.name for path in folder.path.iterdir()) == ["facts.json", "generations.jsonl", "scores.json"]
 
 
-def test_finished_batches_are_found_again_by_any_number_of_ranks(tmp_path: Path) -> None:
-    ResultsFolder(tmp_path).open(FACTS, resume=True)
-    ResultsFolder(tmp_path).append(1, 4, [result(8)], 1.0)
-    assert ResultsFolder(tmp_path).open(FACTS, resume=True) == {4}
-
-
 @pytest.mark.parametrize("cut", [1, 20, 60])
 def test_a_line_that_was_cut_off_is_no_finished_batch(tmp_path: Path, cut: int) -> None:
     folder = ResultsFolder(tmp_path)
@@ -87,20 +81,20 @@ def test_an_evaluation_is_not_overwritten_nor_mixed_with_another(tmp_path: Path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("name", ["scores.json", "generations.jsonl"])
-def test_results_without_facts_are_left_alone(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("scores.json", "scores.json is there without its facts.json"),
+        ("generations.jsonl", "generations.jsonl is there without its facts.json"),
+        ("status.json", "is the output_dir of a training run"),
+    ],
+)
+def test_what_is_no_evaluation_is_left_alone(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / name).write_text("precious")
     for resume in (False, True):
-        with pytest.raises(LaunchError, match=f"{name} is there without its facts.json"):
+        with pytest.raises(LaunchError, match=message):
             ResultsFolder(tmp_path).open(FACTS, resume=resume)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "precious")]
-
-
-def test_a_training_run_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "status.json").write_text("{}")
-    with pytest.raises(LaunchError, match="is the output_dir of a training run"):
-        ResultsFolder(tmp_path).open(FACTS, resume=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
 def test_a_rank_waits_for_the_batches_of_the_others(tmp_path: Path) -> None:
