@@ -35,20 +35,8 @@ def chat(
     All assistant turns are maskable, each with the token that ends it; the end-of-text tokens follow the last one.
     Messages behind the last assistant turn are left out, since nothing answers them.
 
-    Args:
-        tokenizer: the model's tokenizer; it must have a chat format.
-        source: a .jsonl file, or a hub dataset.
-        max_seq_len: longest sequence in tokens.
-        split: split of a hub dataset.
-        name: configuration of a hub dataset.
-        system_prompt: in place of the row's own system message; "" for none; None leaves the row as it is.
-        max_rows: read only the first so many; None for all.
-        too_long: `truncate` or `refuse` longer sequences.
-        eos_fill: end-of-text tokens after the last response; see `ExampleOptions`, also for what follows.
-        canvas_tokens: fill the last response to this many tokens instead.
-        mask_prompt: whether noise may replace system and user messages and the marks of turns too.
-        shift_logits: the first token is never maskable.
-        progress: show a progress bar.
+    `system_prompt` takes the place of the row's own system message: "" for none; None leaves the row as it is. With
+    `mask_prompt` noise may replace the marks of turns too. All other arguments are those of `gsm8k`.
 
     Raises:
         DataError: the source or some of its rows cannot be used.

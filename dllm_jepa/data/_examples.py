@@ -14,22 +14,7 @@ _MIN_SEQ_LEN = 4
 
 @dataclass(frozen=True)
 class ExampleOptions:
-    """How examples become sequences; every builder of this package takes these as arguments.
-
-    Args:
-        template: `chat` (the tokenizer's chat format) or `plain` (text, for base checkpoints).
-        max_seq_len: longest sequence in tokens, at least 4.
-        too_long: `truncate` longer sequences at the end (a cut response gets no end-of-text token) or `refuse` them.
-        eos_fill: trained end-of-text tokens after a response, as far as max_seq_len allows; 0 counts as 1.
-        canvas_tokens: instead of `eos_fill`, fill every response with end-of-text tokens up to this many tokens, the
-            length on which answers will be generated; a response that fills it already gets one.
-        mask_prompt: whether noise may replace the prompt too (never the bos).
-        shift_logits: the backbone scores a token from the hidden state before it; the first is then never maskable.
-        progress: show a progress bar, if stderr is a terminal.
-
-    Raises:
-        ValueError: if a value is out of range or eos_fill and canvas_tokens are both given.
-    """
+    """How examples become sequences: the arguments of `encode_examples`, checked, and what they do."""
 
     template: Template
     max_seq_len: int

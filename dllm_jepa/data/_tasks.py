@@ -133,19 +133,20 @@ def encode_examples(
     Args:
         examples: reads the rows.
         tokenizer: the model's tokenizer.
-        max_seq_len: longest sequence in tokens.
+        max_seq_len: longest sequence in tokens, at least 4.
         template: `chat` (the tokenizer's chat format) or `plain` (text, for base checkpoints).
         system_prompt: in place of the task's own; "" for none; None for the task's own.
-        too_long: `truncate` or `refuse` longer sequences.
-        eos_fill: end-of-text tokens after a response; see `ExampleOptions`, also for what follows.
-        canvas_tokens: fill responses to this many tokens instead.
-        mask_prompt: whether noise may replace the prompt too.
-        shift_logits: the first token is never maskable.
-        progress: show a progress bar.
+        too_long: `truncate` longer sequences at the end (a cut response gets no end-of-text token) or `refuse` them.
+        eos_fill: trained end-of-text tokens after a response, as far as max_seq_len allows; 0 counts as 1.
+        canvas_tokens: instead of `eos_fill`, fill every response with end-of-text tokens up to this many tokens, the
+            length on which answers will be generated; a response that fills it already gets one.
+        mask_prompt: whether noise may replace the prompt too (never the bos).
+        shift_logits: the backbone scores a token from the hidden state before it; the first is then never maskable.
+        progress: show a progress bar, if stderr is a terminal.
 
     Raises:
         DataError: there is no row, or some cannot be used. A response that is blank leaves nothing maskable.
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or eos_fill and canvas_tokens are both given.
     """
     options = ExampleOptions(
         template, max_seq_len, too_long, eos_fill, canvas_tokens, mask_prompt, shift_logits, progress

@@ -112,19 +112,8 @@ def regex_pairs_task(
 ) -> GenerationTask:
     """The built-in pairs of description and regex, in the prompt of the nlrx task and scored as it is.
 
-    Args:
-        tokenizer: the model's tokenizer.
-        decoding: how responses are generated.
-        num_pairs: items; see `dllm_jepa.data.generate_regex_pairs`, also for the next ones.
-        num_shots: solved examples in front of each question: the first pairs of the training split.
-        seed: seed of all random numbers but those of the pairs.
-        max_items: evaluate only the first so many; None for all.
-        progress: show a progress bar, if stderr is a terminal.
-        data_seed: seed of the pairs.
-        split: which languages to draw from.
-        task: which classes and wordings.
-        template: `chat` or `plain`.
-        system_prompt: in place of the task's own; "" for none; None for the task's own.
+    `num_pairs`, `split`, `task` and `data_seed`, the seed of the pairs, go to `dllm_jepa.data.generate_regex_pairs`;
+    shots are the first pairs of the training split. All other arguments are those of `nlrx_task`.
 
     Raises:
         CheckpointError: the tokenizer has no chat format.

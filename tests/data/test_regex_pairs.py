@@ -20,8 +20,8 @@ TaskName = Literal["first", "second"]
 TASKS: tuple[TaskName, ...] = ("first", "second")
 
 
-# A grammar of each task, written apart from the generator: English and regex of every construct, where C is a
-# clause, I an item, U a unit, W a word of its own and N a number. {0}, {1} are their regexes in the order of the English.
+# A grammar of each task, written apart from the generator: English and regex of every construct, where C is a clause,
+# I an item, U a unit, W any word and N a number; {0} and {1} are their regexes, in the order of the English.
 GRAMMARS: dict[TaskName, dict[str, dict[str, str]]] = {
     "first": {
         "line": {

@@ -1,9 +1,7 @@
 """Generation tasks: exact prompts, what is made of a canvas, fingerprints, and real decoding."""
 
-import inspect
 import json
 import sqlite3
-import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -346,14 +344,3 @@ def test_results_do_not_depend_on_the_batches(model: MaskedDiffusionLM, options:
     assert others == [together[item] for item in (5, 0, 3, 6)]
     again = replace(task, seed=1).evaluate(model, range(7), batch_size=7)
     assert (again == together) is (not options)
-
-
-@pytest.mark.parametrize("builder", [*BUILDERS.values(), evals.regex_pairs_task])
-def test_builders_show_their_arguments_with_types(builder: Callable[..., GenerationTask]) -> None:
-    parameters, hints = inspect.signature(builder).parameters, typing.get_type_hints(builder)
-    assert {*parameters, "return"} == set(hints) and hints["template"] == typing.Literal["chat", "plain"]
-    assert list(parameters)[:2] == ["tokenizer", "decoding"] and inspect.getdoc(builder)
-    with pytest.raises(TypeError, match="sorce"):
-        builder(
-            TOKENIZER, CannedDecoding(), **{name: 1 for name in ("source", "num_pairs") if name in parameters}, sorce=1
-        )

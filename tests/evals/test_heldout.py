@@ -164,6 +164,10 @@ def test_text_is_cut_into_whole_chunks(tokenizer: Tokenizer, text: Path, tmp_pat
     from_rows = heldout_task(tokenizer, source=str(rows), field="body", chunk_tokens=32, seed=0, max_items=2)
     assert from_rows.chunks == task.chunks[:2]
     facts = task.fingerprint()
+    same = tmp_path / "same.txt"
+    same.write_bytes(text.read_bytes())
+    moved = heldout_task(tokenizer, source=str(same), split="validation", chunk_tokens=32, seed=0)
+    assert moved.fingerprint() == facts
     assert facts["task"] == "heldout" and facts["num_items"] == len(cut)
     assert facts["data_sha256"] != from_rows.fingerprint()["data_sha256"]
     json.dumps(facts)

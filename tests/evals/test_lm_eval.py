@@ -173,22 +173,19 @@ def test_the_command_line(
     )
 
 
-@pytest.mark.parametrize(
-    ("words", "missing"),
-    [
+def test_a_command_line_without_model_or_task_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, missing in [
         ([], "--model_args checkpoint_dir=DIRECTORY and --tasks NAMES"),
         (["--tasks", "gsm8k"], "--model_args checkpoint_dir=DIRECTORY"),
         (["--model_args", "checkpoint_dir=hf"], "--tasks NAMES"),
-    ],
-)
-def test_a_command_line_without_model_or_task_ends_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], missing: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["lm_eval", "--model", "dllm_jepa", *words])
-    with pytest.raises(SystemExit) as stopped:
-        lm_eval_adapter.main()
-    assert stopped.value.code == 1
-    assert capsys.readouterr().err == f"error: nothing to evaluate: add {missing}\n"
+    ]:
+        monkeypatch.setattr(sys, "argv", ["lm_eval", "--model", "dllm_jepa", *words])
+        with pytest.raises(SystemExit) as stopped:
+            lm_eval_adapter.main()
+        assert stopped.value.code == 1
+        assert capsys.readouterr().err == f"error: nothing to evaluate: add {missing}\n"
 
 
 @pytest.mark.parametrize("checkpoint", ["llada", "dream"], indirect=True)
