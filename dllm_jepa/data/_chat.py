@@ -46,16 +46,13 @@ def chat(
         "chat", max_seq_len, too_long, eos_fill, canvas_tokens, mask_prompt, shift_logits, progress
     )
 
-    def examples() -> Iterator[tuple[list[int], list[bool], str]]:
+    def examples() -> Iterator[tuple[list[int], list[bool], bool, str]]:
         for row in read_rows(source, fields=["messages"], split=split, name=name, kind=list, max_rows=max_rows):
             messages = _messages(row, system_prompt)
-            tokens, maskable = format_chat(tokenizer, messages)
-            if any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-                yield *options.finish(tokenizer, tokens, maskable), row.name
-            else:
-                yield tokens, [False] * len(tokens), row.name
+            has_response = any(m["role"] == "assistant" and m["content"].strip() for m in messages)
+            yield *format_chat(tokenizer, messages), has_response, row.name
 
-    return options.collect(examples(), source=source, system_prompt=system_prompt)
+    return options.collect(tokenizer, examples(), source=source, system_prompt=system_prompt)
 
 
 def _messages(row: Row, system_prompt: str | None) -> list[dict[str, str]]:

@@ -5,7 +5,7 @@ Shape legend: S sequences, B rows and T tokens of a row (packed: B = 1), n maske
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -85,23 +85,15 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on another device; from page-locked memory it is copied while the device works."""
-        return self._with_tensors(lambda value: value.to(device, non_blocking=True), lambda value: value.to(device))
+        return self._map(lambda v: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v.to(device))
 
     def pin_memory(self) -> "MicroBatch":
         """The same micro-batch in page-locked memory."""
-        return self._with_tensors(Tensor.pin_memory, PackedSequences.pin_memory)
+        return self._map(lambda value: value.pin_memory())
 
-    def _with_tensors(
-        self, of_tensor: Callable[[Tensor], Tensor], of_packing: Callable[[PackedSequences], PackedSequences]
-    ) -> "MicroBatch":
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                moved[field.name] = of_tensor(value)
-            elif isinstance(value, PackedSequences):
-                moved[field.name] = of_packing(value)
-        return replace(self, **moved)
+    def _map(self, move: Callable[[Any], Any]) -> "MicroBatch":
+        held = {name: value for name, value in vars(self).items() if isinstance(value, Tensor | PackedSequences)}
+        return replace(self, **{name: move(value) for name, value in held.items()})
 
 
 def total_counts(micro_batches: Sequence[MicroBatch]) -> list[int]:

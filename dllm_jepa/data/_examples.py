@@ -1,6 +1,6 @@
 """How examples (prompts with responses) become sequences: the options that the builders share, and what they do."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -41,26 +41,39 @@ class ExampleOptions:
         if self.canvas_tokens < 1:
             raise ValueError(f"canvas_tokens must be 1 or more tokens, got {self.canvas_tokens}")
 
-    def finish(self, tokenizer: TextTokenizer, tokens: list[int], maskable: list[bool]) -> tuple[list[int], list[bool]]:
-        """Append the end-of-text tokens of the last response and, with `mask_prompt`, open the prompt to noise."""
-        tokens, maskable = close_response(
-            tokenizer,
-            tokens,
-            maskable,
-            eos_fill=self.eos_fill,
-            canvas_tokens=self.canvas_tokens,
-            max_seq_len=self.max_seq_len,
-        )
-        if self.mask_prompt:
-            maskable = [tokens[0] != tokenizer.bos_id] + [True] * (len(tokens) - 1)
-        return tokens, maskable
-
     def collect(
-        self, examples: Iterable[tuple[list[int], list[bool], str]], *, source: str, system_prompt: str | None
+        self,
+        tokenizer: TextTokenizer,
+        examples: Iterable[tuple[list[int], list[bool], bool, str]],
+        *,
+        source: str,
+        system_prompt: str | None,
     ) -> SequenceDataset:
-        """Collect finished examples (tokens, maskable, name of the row) into a dataset; see `build_sequences`."""
+        """Append the end-of-text tokens to encoded examples, open their prompts to noise if asked to, and collect them.
+
+        An example is its tokens, maskable, whether it has a response, and the name of its row. Without a response
+        nothing is maskable, for which `build_sequences` refuses the row.
+        """
+
+        def finished() -> Iterator[tuple[list[int], list[bool], str]]:
+            for tokens, maskable, has_response, name in examples:
+                if not has_response:
+                    maskable = [False] * len(tokens)
+                else:
+                    tokens, maskable = close_response(
+                        tokenizer,
+                        tokens,
+                        maskable,
+                        eos_fill=self.eos_fill,
+                        canvas_tokens=self.canvas_tokens,
+                        max_seq_len=self.max_seq_len,
+                    )
+                    if self.mask_prompt:
+                        maskable = [tokens[0] != tokenizer.bos_id] + [True] * (len(tokens) - 1)
+                yield tokens, maskable, name
+
         return build_sequences(
-            examples,
+            finished(),
             source=source,
             max_seq_len=self.max_seq_len,
             too_long=self.too_long,

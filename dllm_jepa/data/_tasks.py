@@ -155,20 +155,15 @@ def encode_examples(
     task = found.task
     system = task.system_prompt if system_prompt is None else system_prompt
 
-    def encoded() -> Iterator[tuple[list[int], list[bool], str]]:
+    def encoded() -> Iterator[tuple[list[int], list[bool], bool, str]]:
         for row in found.rows:
             response = row.values[task.response_field]
             with naming(row):
                 question = task.question(row.values)
-            tokens, maskable = format_example(
-                tokenizer, system=system, question=question, response=response, template=template
-            )
-            if response.strip():
-                yield *options.finish(tokenizer, tokens, maskable), row.name
-            else:
-                yield tokens, [False] * len(tokens), row.name
+            example = format_example(tokenizer, system=system, question=question, response=response, template=template)
+            yield *example, bool(response.strip()), row.name
 
-    return options.collect(encoded(), source=found.source, system_prompt=system)
+    return options.collect(tokenizer, encoded(), source=found.source, system_prompt=system)
 
 
 def spider_task(*, tables: str | None = None) -> Task:

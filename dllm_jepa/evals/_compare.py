@@ -98,12 +98,7 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
 def paired_measures(
     rows_a: Sequence[Mapping[str, Any]], rows_b: Sequence[Mapping[str, Any]]
 ) -> dict[str, PairedMeasure]:
-    """The measures that two evaluations share, by name; without those that apply to no item in both.
-
-    Both take lines of generations.jsonl, in the order of the items.
-    """
-    if [row["item"] for row in rows_a] != [row["item"] for row in rows_b]:
-        raise ValueError("the two evaluations have different items")
+    """The measures that evaluations of the same items share, by name; without those that apply to no item in both."""
     names = dict.fromkeys(name for row in rows_a for name in row["measures"])
     shared = {name for row in rows_b for name in row["measures"]}
     paired = {}

@@ -67,10 +67,7 @@ class Decoding:
     surest of. A committed token stays. A prompt of n tokens needs a context of n + `gen_length` tokens.
 
     Args:
-        gen_length: tokens to generate per prompt, G.
-        block_length: tokens of a block, in [1, `gen_length`]; the last block may be shorter.
         schedule: how many tokens each step of a block commits.
-        sampling: which token is picked for a position.
         confidence: how sure a token is; a key of `CONFIDENCES`.
         alg_temp: draw the order in which tokens are committed from the softmax of the confidences divided by this; 0
             takes the highest.
@@ -78,7 +75,6 @@ class Decoding:
         cache: `none` is exact. `prefix` and `dual` feed only the canvas from the block on, or the block, and attend to
             keys and values from the start of the block elsewhere: approximate.
         cache_refresh: compute all keys and values anew every so many steps of a block too; 1 is exact.
-        cfg_scale: scale of classifier-free guidance, at least 0; 0 is without. Exact only.
 
     Raises:
         ValueError: an argument is out of range, or two do not go together.

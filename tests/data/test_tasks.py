@@ -196,20 +196,18 @@ def test_masking_the_prompt_spares_the_bos(tmp_path: Path) -> None:
     assert shown(shifted)[1] == ". dog\n(a|dog)$"
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
+def test_bad_options(tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"template": "alpaca"}, "template must be one of chat, plain, got 'alpaca'"),
         ({"too_long": "chunk"}, "too_long must be one of truncate, refuse, got 'chunk'"),
         ({"max_seq_len": 3}, "max_seq_len must be at least 4 tokens, got 3"),
         ({"eos_fill": -1}, "eos_fill must be 0 or more tokens, got -1"),
         ({"canvas_tokens": 0}, "canvas_tokens must be 1 or more tokens, got 0"),
         ({"eos_fill": 2, "canvas_tokens": 8}, "eos_fill=2 and canvas_tokens=8 exclude each other"),
-    ],
-)
-def test_bad_options(tmp_path: Path, options: dict[str, Any], expected: str) -> None:
-    with pytest.raises(ValueError, match=expected):
-        build_nlrx(tmp_path, **options)
+    ]
+    for options, expected in cases:
+        with pytest.raises(ValueError, match=expected):
+            build_nlrx(tmp_path, **options)
 
 
 def test_datasets_know_the_prompt_they_were_encoded_with(tmp_path: Path) -> None:
@@ -333,23 +331,19 @@ def test_chat_without_an_answer(tmp_path: Path, row: Mapping[str, Any]) -> None:
         build_chat(tmp_path, said("U hi", "A yo"), row, mask_prompt=True)
 
 
-@pytest.mark.parametrize(
-    ("messages", "expected"),
-    [
+def test_broken_messages(tmp_path: Path) -> None:
+    hi = {"role": "user", "content": "hi"}
+    cases: list[tuple[list[Any], str]] = [
         ([], "field 'messages' is empty"),
         (["hi"], "message 1 is not an object with role and content"),
-        (
-            [{"role": "user", "content": "hi"}, {"role": "tool", "content": "hi"}],
-            "message 2 has role 'tool', must be one of system, user, assistant",
-        ),
-        ([{"role": "user", "content": ["hi"]}], "message 1 has no text under 'content'"),
-        ([{"role": "user", "content": "\ud800"}], "message 1 holds half of a surrogate pair at character 1"),
-    ],
-)
-def test_broken_messages(tmp_path: Path, messages: list[Any], expected: str) -> None:
-    with pytest.raises(DataError) as caught:
-        build_chat(tmp_path, said("U hi", "A yo"), {"messages": messages})
-    assert str(caught.value) == f"rows.jsonl line 2: {expected}"
+        ([hi, hi | {"role": "tool"}], "message 2 has role 'tool', must be one of system, user, assistant"),
+        ([hi | {"content": ["hi"]}], "message 1 has no text under 'content'"),
+        ([hi | {"content": "\ud800"}], "message 1 holds half of a surrogate pair at character 1"),
+    ]
+    for messages, expected in cases:
+        with pytest.raises(DataError) as caught:
+            build_chat(tmp_path, said("U hi", "A yo"), {"messages": messages})
+        assert str(caught.value) == f"rows.jsonl line 2: {expected}"
 
 
 def build_text(directory: Path, *documents: str, tokenizer: Any = TOKENIZER, **options: Any) -> list[tuple[str, str]]:

@@ -166,23 +166,14 @@ def test_bounds_in_bf16_are_those_of_fp32(model: MaskedDiffusionLM, family: str)
     torch.testing.assert_close(bounds(), exact, rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("prompts", "responses", "num_samples", "message"),
-    [
+@pytest.mark.parametrize("family", ["llada"])
+def test_bad_arguments(model: MaskedDiffusionLM) -> None:
+    for prompts, responses, num_samples, message in [
         ([[1]], [[1], [2]], 4, "one response for each prompt, got 1 and 2"),
         ([[1], []], [[1], [2]], 4, "must have at least one token"),
         ([[1], [2]], [[1], []], 4, "must have at least one token"),
         ([[1]], [[1]], 0, "num_samples must be at least 1, got 0"),
         ([[1] * 4000], [[1] * 97], 4, "have 4097 tokens, the model's context is 4096"),
-    ],
-)
-@pytest.mark.parametrize("family", ["llada"])
-def test_bad_arguments(
-    model: MaskedDiffusionLM,
-    prompts: list[list[int]],
-    responses: list[list[int]],
-    num_samples: int,
-    message: str,
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        conditional_log_likelihood(model, prompts, responses, mask_id=316, num_samples=num_samples)
+    ]:
+        with pytest.raises(ValueError, match=message):
+            conditional_log_likelihood(model, prompts, responses, mask_id=316, num_samples=num_samples)

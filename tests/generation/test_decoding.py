@@ -180,19 +180,17 @@ def test_a_stream_is_what_generate_reads(model: MaskedDiffusionLM) -> None:
     assert decoding.generate(model, PROMPTS, **call).trace == []
 
 
-@pytest.mark.parametrize(
-    ("decoding", "options", "message"),
-    [
-        (GREEDY["llada"], {"prompts": []}, "at least one prompt, and a token in each"),
-        (GREEDY["llada"], {"prompts": [[1], []]}, "at least one prompt, and a token in each"),
-        (GREEDY["llada"], {"token_ids": [MASK]}, "token_ids must hold an id besides that of the mask"),
-        (GREEDY["llada"], {"stop_ids": [3, MASK]}, r"stop_ids must not hold the id of the mask \(316\)"),
-        (GREEDY["llada"], {"seeds": [1, 2]}, r"seeds must be one per prompt \(1\), got 2"),
+def test_bad_calls() -> None:
+    greedy = GREEDY["llada"]
+    for decoding, options, message in [
+        (greedy, {"prompts": []}, "at least one prompt, and a token in each"),
+        (greedy, {"prompts": [[1], []]}, "at least one prompt, and a token in each"),
+        (greedy, {"token_ids": [MASK]}, "token_ids must hold an id besides that of the mask"),
+        (greedy, {"stop_ids": [3, MASK]}, r"stop_ids must not hold the id of the mask \(316\)"),
+        (greedy, {"seeds": [1, 2]}, r"seeds must be one per prompt \(1\), got 2"),
         *((decoding, {}, "seeds must be given") for decoding in RANDOM.values()),
-    ],
-)
-def test_bad_calls(decoding: Decoding, options: dict[str, Any], message: str) -> None:
-    call = {"prompts": [[1]], "mask_id": MASK, "pad_id": PAD} | options
-    for method in (decoding.generate, decoding.stream):
-        with pytest.raises(ValueError, match=message):
-            method(scripted(), **call)
+    ]:
+        call = {"prompts": [[1]], "mask_id": MASK, "pad_id": PAD} | options
+        for method in (decoding.generate, decoding.stream):
+            with pytest.raises(ValueError, match=message):
+                method(scripted(), **call)

@@ -85,7 +85,11 @@ class Sandbox:
             raise DataError(f"database {database} cannot be read: {answer['damage']}; it must be a file of SQLite")
         if "failure" in answer:
             return Result(None, answer["failure"])
-        return Result([tuple(_from_json(value) for value in row) for row in answer["rows"]])
+        # A blob comes as a list with its digits in base 16.
+        rows = [
+            [bytes.fromhex(value[0]) if isinstance(value, list) else value for value in row] for row in answer["rows"]
+        ]
+        return Result([tuple(row) for row in rows])
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """The worker's answer; None if it had to be killed or died."""
@@ -145,8 +149,3 @@ def _end(process: subprocess.Popen[str]) -> None:
     # Closing a pipe writes what is left in its buffer, which nobody reads any more.
     with contextlib.suppress(BrokenPipeError), process:
         pass
-
-
-def _from_json(value: Any) -> Value:
-    blob: Value = bytes.fromhex(value[0]) if isinstance(value, list) else value
-    return blob

@@ -94,12 +94,6 @@ def denoising_page(denoisings: Sequence[Denoising], *, facts: Mapping[str, str])
     data = json.dumps([asdict(denoising) for denoising in denoisings]).translate(_ESCAPES)
     escaped = {html.escape(name): html.escape(visible(value)) for name, value in facts.items()}
     items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in escaped.items())
-    before, between, after = _template_parts()
-    return f"{before}{items}{between}{data}{after}"
-
-
-def _template_parts() -> tuple[str, str, str]:
-    """The template before the facts, between these and the data, and after."""
     before, rest = _TEMPLATE.read_text(encoding="utf-8").split("<!--facts-->")
     between, after = rest.split("<!--data-->")
-    return before, between, after
+    return f"{before}{items}{between}{data}{after}"

@@ -22,7 +22,7 @@ _SECONDS_PER_FRAME = 0.04  # a small model would be done before anybody has seen
 
 
 class DenoisingView:
-    """Draws the canvas after every step, in place, on a terminal. Between two frames it is as it was found."""
+    """Draws the canvas after every step, in place. Between two frames the terminal is as it was found."""
 
     def __init__(self, stream: TextIO, tokenizer: PieceTokenizer) -> None:
         self._stream = stream
@@ -46,7 +46,7 @@ class DenoisingView:
         body = "".join(f"{line}{_CLEAR_TO_END_OF_LINE}\n" for line in lines)
         up = f"\x1b[{self._num_lines}A" if self._num_lines else ""
         frame = f"\r{up}{_WRAP_OFF}{body}{_CLEAR_BELOW}{_WRAP_ON}"
-        if not _can_write(self._stream, _MASK_SIGN + _END_SIGN):
+        if encodable(_MASK_SIGN + _END_SIGN, self._stream) != _MASK_SIGN + _END_SIGN:
             frame = frame.translate(_PLAIN_SIGNS)
         self._stream.write(encodable(frame, self._stream))
         self._stream.flush()
@@ -114,7 +114,3 @@ def encodable(text: str, stream: TextIO) -> str:
     """The text, with an escape for every character that the stream's encoding does not have."""
     encoding = stream.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def _can_write(stream: TextIO, text: str) -> bool:
-    return encodable(text, stream) == text
