@@ -167,10 +167,7 @@ def encode_examples(
 
 
 def spider_task(*, tables: str | None = None) -> Task:
-    """The Spider task, with or without the schema text of the row's database in front of the question.
-
-    Args:
-        tables: Spider's tables.json: the schema text of the row's database then stands in front of the question.
+    """The Spider task; with `tables`, Spider's tables.json, the schema text of the row's database precedes a question.
 
     Raises:
         DataError: the file cannot be read; later, from the task's `question`, a row names a database not in it.

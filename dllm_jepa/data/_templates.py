@@ -88,17 +88,9 @@ def close_response(
 ) -> tuple[list[int], list[bool]]:
     """Append the end-of-text tokens of the last response; they are maskable.
 
-    At least one is appended, even where it makes the sequence longer than `max_seq_len`: such a sequence is too long,
+    There are `eos_fill` of them, or as many as fill the response up to `canvas_tokens`, the length of a generation
+    canvas, and at least one, even where it makes the sequence longer than `max_seq_len`: such a sequence is too long,
     and truncating or refusing it is the caller's choice. The fill beyond the first one never does.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        tokens: ids that end with a response.
-        maskable: True on the response.
-        eos_fill: end-of-text tokens to append; 0 counts as 1.
-        canvas_tokens: fill the response up to this many tokens instead, as on a generation canvas of that length; a
-            response that fills it already gets one end-of-text token.
-        max_seq_len: longest sequence in tokens.
     """
     num_eos = eos_fill
     if canvas_tokens is not None:

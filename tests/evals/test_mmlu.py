@@ -248,9 +248,10 @@ def test_answers_that_are_not_a_token_of_their_own(
 
 
 def test_options_out_of_range(tokenizer: Tokenizer, source: str) -> None:
-    with pytest.raises(ValueError, match="num_shots must be 0 or more, got -1"):
-        mmlu_task(tokenizer, source=source, num_shots=-1, seed=0)
-    with pytest.raises(ValueError, match="max_items must be at least 1, got 0"):
-        mmlu_task(tokenizer, source=source, num_shots=0, max_items=0, seed=0)
-    with pytest.raises(ValueError, match="template must be chat or plain, got 'html'"):
-        mmlu_task(tokenizer, source=source, num_shots=0, seed=0, template="html")
+    for option, message in [
+        ({"num_shots": -1}, "num_shots must be 0 or more, got -1"),
+        ({"max_items": 0}, "max_items must be at least 1, got 0"),
+        ({"template": "html"}, "template must be chat or plain, got 'html'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            mmlu_task(tokenizer, source=source, seed=0, **({"num_shots": 0} | option))

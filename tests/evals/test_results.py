@@ -17,19 +17,16 @@ def result(item: int) -> ItemResult:
 
 
 def test_batches_of_all_ranks_come_back_in_the_order_of_the_items(tmp_path: Path) -> None:
+    """A batch that two ranks did counts once."""
     folder = ResultsFolder(tmp_path / "eval")
     assert folder.open(FACTS, resume=False) == set()
     folder.append(0, 0, [result(3), result(0)], 1.5)
-    folder.append(1, 1, [result(1), result(2)], 2.0)
+    for rank in (0, 1):
+        folder.append(rank, 1, [result(1), result(2)], 2.0)
     rows, seconds = folder.merge(4)
     assert [row["item"] for row in rows] == [0, 1, 2, 3] and seconds == 3.5
-    assert rows[3] == {
-        "item": 3,
-        "name": "line 3",
-        "measures": {"strict": False},
-        "num_tokens": 3,
-        "prediction": "p3",
-    }
+    expected = {"item": 3, "name": "line 3", "measures": {"strict": False}, "num_tokens": 3, "prediction": "p3"}
+    assert rows[3] == expected
     assert [json.loads(line) for line in folder.generations.read_text().splitlines()] == rows
     assert not folder.is_finished
     folder.finish({"seconds": seconds})
@@ -55,15 +52,6 @@ def test_a_line_that_was_cut_off_is_no_finished_batch(tmp_path: Path, cut: int) 
         with pytest.raises(DataError, match="has 2 of 3 items: start again with resume=auto"):
             folder.merge(3)
         assert part.exists() and not folder.generations.exists()
-
-
-def test_a_batch_that_two_ranks_did_counts_once(tmp_path: Path) -> None:
-    folder = ResultsFolder(tmp_path)
-    folder.open(FACTS, resume=False)
-    for rank in (0, 1):
-        folder.append(rank, 0, [result(0), result(1)], 2.0)
-    rows, seconds = folder.merge(2)
-    assert [row["item"] for row in rows] == [0, 1] and seconds == 2.0
 
 
 def test_an_evaluation_is_not_overwritten_nor_mixed_with_another(tmp_path: Path) -> None:
@@ -119,14 +107,10 @@ def test_facts_are_compared_as_json_holds_them(tmp_path: Path) -> None:
     assert ResultsFolder(tmp_path).open(facts, resume=True) == set()
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]"])
-def test_damaged_facts_are_named(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "facts.json").write_bytes(content)
-    with pytest.raises(LaunchError, match=r"facts\.json cannot be read"):
-        ResultsFolder(tmp_path).open(FACTS, resume=True)
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+def test_facts_that_cannot_be_read_or_written_are_named(tmp_path: Path) -> None:
+    for content in (b"{", b"\xff", b"[1]"):
+        (tmp_path / "facts.json").write_bytes(content)
+        with pytest.raises(LaunchError, match=r"facts\.json cannot be read"):
+            ResultsFolder(tmp_path).open(FACTS, resume=True)
     with pytest.raises(LaunchError, match="cannot be written"):
-        ResultsFolder(tmp_path / "file").open(FACTS, resume=False)
+        ResultsFolder(tmp_path / "facts.json").open(FACTS, resume=False)
