@@ -143,6 +143,13 @@ class Config(Section):
     remarks: ClassVar[tuple[Rule, ...]] = ()
     """Rules whose lines are shown as warnings."""
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a rule that no config could ever call."""
+        for rule in (*cls.rules, *cls.opens, *cls.remarks):
+            if unknown := inspect.signature(rule).parameters.keys() - {*cls.model_fields, "launch"}:
+                raise TypeError(f"{cls.__qualname__}: rule {rule.__name__} reads {unknown.pop()!r}, which is no key")
+
     @field_validator("*")
     @classmethod
     def _collect(cls, value: Any, info: ValidationInfo) -> Any:

@@ -104,3 +104,11 @@ def test_a_section_of_keys() -> None:
     assert Outer.check({"inner": {"depth": 2}}).inner.depth == 2
     assert Outer.problems({"inner": {"dept": 2}}) == ["inner.dept: unknown key (value 2). Did you mean depth?"]
     assert "| `inner.depth` | an integer | `1` |  |" in key_table(Outer)
+
+
+def test_a_rule_on_what_is_no_key_is_refused() -> None:
+    def on_nothing(nothing: int) -> list[str]:
+        return [str(nothing)]
+
+    with pytest.raises(TypeError, match="Own: rule on_nothing reads 'nothing', which is no key"):
+        type("Own", (Config,), {"rules": (on_nothing,)})
