@@ -1,6 +1,7 @@
 """The rules of the tree, asserted from syntax trees: who imports whom, private names, and no dead config key."""
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -48,9 +49,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
 }
 
-# The one module that may name what torchtune does not promise to keep.
-PRIVATE_NAMES_MODULE = "dllm_jepa/_torchtune_private.py"
-
 
 def name_of(path: Path) -> str:
     return path.relative_to(REPOSITORY).as_posix()
@@ -82,17 +80,16 @@ def private_torchtune_names(tree: ast.AST) -> set[str]:
     return {dotted for dotted in imports(tree) if re.match(r"torchtune\b.*\._", dotted)}
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=name_of)
-def test_imports_go_down_only(path: Path) -> None:
-    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if part in ("__init__", "_torchtune_private"):
-        assert siblings(parse(path)) == set()
-    else:
-        assert wrong_imports(part, parse(path)) == set()
+def test_imports_go_down_only() -> None:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        wrong = siblings(parse(path)) if part == "__init__" else wrong_imports(part, parse(path))
+        assert wrong == set(), name_of(path)
 
 
 def test_the_import_rules_see_every_form_of_import() -> None:
@@ -104,22 +101,19 @@ def test_the_import_rules_see_every_form_of_import() -> None:
     assert private_torchtune_names(ast.parse(code)) == private
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_nothing_imports_a_recipe(path: Path) -> None:
-    names = {path.stem for path in RECIPES}
-    assert not [dotted for dotted in imports(parse(path)) if dotted.split(".")[0] in {*names, "recipes"}]
+def test_nothing_imports_a_recipe() -> None:
+    recipes = {"recipes", *(path.stem for path in RECIPES)}
+    for path in SOURCES:
+        assert {dotted.split(".")[0] for dotted in imports(parse(path))} & recipes == set(), name_of(path)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_private_names_of_torchtune_stay_in_one_module(path: Path) -> None:
-    if name_of(path) != PRIVATE_NAMES_MODULE:
-        assert private_torchtune_names(parse(path)) == set()
+def test_no_private_name_of_torchtune_is_used() -> None:
+    assert [name_of(path) for path in SOURCES if private_torchtune_names(parse(path))] == []
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_files_are_ascii_with_a_docstring(path: Path) -> None:
-    assert path.read_bytes().isascii()
-    assert ast.get_docstring(parse(path))
+def test_files_are_ascii_with_a_docstring() -> None:
+    for path in SOURCES:
+        assert path.read_bytes().isascii() and ast.get_docstring(parse(path)), name_of(path)
 
 
 # Config keys and files

@@ -89,8 +89,14 @@ def _recipe_module(recipe: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None, path
         module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(path.stem, module)  # annotations are resolved by way of it
-        spec.loader.exec_module(module)
+        namesake = sys.modules.get(path.stem)
+        sys.modules[path.stem] = module  # annotations are resolved by way of it
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            del sys.modules[path.stem]
+            if namesake is not None:
+                sys.modules[path.stem] = namesake
         return module
     find_from_here()
     try:
@@ -172,8 +178,10 @@ def _apply(cfg: DictConfig, word: str) -> None:
         raise ConfigError(f"command line: {word!r} is neither key=value nor ~key; options of torchrun come first")
     value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
     assert isinstance(value, dict), type(value)
-    present = OmegaConf.select(cfg, key) if not OmegaConf.is_missing(cfg, key.partition(".")[0]) else None
-    if isinstance(present, DictConfig) and "_component_" in present and isinstance(value["value"], str):
+    present: Any = OmegaConf.to_container(cfg, resolve=False)  # what stands there may refer to what is still to be set
+    for part in key.split("."):
+        present = present.get(part) if isinstance(present, dict) else None
+    if isinstance(present, dict) and "_component_" in present and isinstance(value["value"], str):
         key = f"{key}._component_"
     OmegaConf.update(cfg, key, value["value"], merge=False, force_add=True)
 
