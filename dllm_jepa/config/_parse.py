@@ -18,7 +18,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from dllm_jepa.config._component import UNSET
+from dllm_jepa.config._component import UNSET, UnsetReference
 from dllm_jepa.config._config import Config, Launch, Verbatim, has_mark, key_table
 from dllm_jepa.config._find import find_configs, find_recipes, resolve_config
 from dllm_jepa.config._wording import nearest_first
@@ -228,7 +228,9 @@ def _plain(node: DictConfig, prefix: str) -> tuple[dict[str, Any], list[str]]:
                 values[name] = OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
             else:
                 values[name] = value
-        except (MissingMandatoryValue, InterpolationToMissingValueError):
+        except InterpolationToMissingValueError:
+            values[name] = UnsetReference(UNSET)
+        except MissingMandatoryValue:
             values[name] = UNSET
         except OmegaConfBaseException as error:
             lines.append(f"{dotted}: cannot be resolved: {str(error).splitlines()[0]}")
