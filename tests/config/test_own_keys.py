@@ -1,4 +1,4 @@
-"""A key of one's own: a line in the `Config` of a copied recipe, and nothing in the package."""
+"""A key of one's own: a line in the `Config` of a copied recipe, and nothing in the package, as users do it."""
 
 import sys
 from pathlib import Path

@@ -108,6 +108,9 @@ def test_overrides_go_by_torchtunes_rules(installed: Path, tmp_path: Path) -> No
     assert cfg == {"size": None, "part": {"_component_": "c.d", "y": 0.001}}
     cfg = load_config(["--config", "mine.yaml", "part={_component_: c.d}", "size=${mode}", "new.key=[1, 2]"])
     assert cfg == {"size": "fast", "mode": "fast", "part": {"_component_": "c.d"}, "new": {"key": [1, 2]}}
+    (tmp_path / "unset.yaml").write_text("mode: ???\npart: {_component_: a.b, x: '${mode}'}\n")
+    cfg = load_config(["--config", "unset.yaml", "part.x=1", "mode=fast"])
+    assert cfg == {"mode": "fast", "part": {"_component_": "a.b", "x": 1}}
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,8 @@ def _parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "garbled_parts.py").write_text("def model(:\n")
     (tmp_path / "base.yaml").write_text(BASE)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.delitem(sys.modules, "stand_in_parts", raising=False)
+    for name in ("stand_in_parts", "local_parts"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.chdir(tmp_path)
 
 
@@ -102,9 +103,8 @@ def test_question_marks_must_be_set(key: str) -> None:
     assert only(f"{key}=???") == f"{key}: ??? must be set; write it into the yaml or give {key}=VALUE"
 
 
-def test_a_reference_to_a_missing_value_is_reported_with_it() -> None:
-    lines = problems("tokenizer.path=${checkpoint_dir}", "checkpoint_dir=???")
-    assert [line.partition(":")[0] for line in lines] == ["tokenizer.path", "checkpoint_dir"]
+def test_of_a_reference_to_a_missing_value_the_value_is_the_one_to_set() -> None:
+    assert only("tokenizer.path=${checkpoint_dir}", "checkpoint_dir=???").startswith("checkpoint_dir: ???")
 
 
 @pytest.mark.parametrize(
