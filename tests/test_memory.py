@@ -17,9 +17,7 @@ from dllm_jepa import cli
 from dllm_jepa.config import Launch, find_configs, load_config, problems, schema_of, with_defaults
 from dllm_jepa.jepa import GlobalCounts, jepa_loss, masked_token_weights, pool
 from dllm_jepa.memory import LiveStorages, MemoryTable, step_memory
-from dllm_jepa.memory._live_storages import stored_bytes
-from dllm_jepa.memory._micro_batch import _LikeCUDA, _update, micro_batch_peak
-from dllm_jepa.memory._optimizer import optimizer_state_bytes
+from dllm_jepa.memory._simulation import _LikeCUDA, _update, micro_batch_peak, optimizer_state_bytes, stored_bytes
 from dllm_jepa.models import MaskedDiffusionLM
 from dllm_jepa.models._layers import BidirectionalAttention
 from dllm_jepa.packing import PackedSequences
