@@ -46,6 +46,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package.parent / "dllm_jepa_echo.py").write_text(RECIPE)
     (tmp_path / "work").mkdir()
     monkeypatch.setattr(find_module, "_PACKAGE_DIR", package)
+    monkeypatch.setattr(sys, "path", [str(package.parent), *sys.path])
+    monkeypatch.delitem(sys.modules, "dllm_jepa_echo", raising=False)
     monkeypatch.chdir(tmp_path / "work")
     return package
 

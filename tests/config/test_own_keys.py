@@ -1,5 +1,6 @@
 """A key of one's own: a line in the `Config` of a copied recipe, and nothing in the package, as users do it."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -92,6 +93,18 @@ def test_a_verbatim_key_arrives_as_typed(capsys: pytest.CaptureFixture[str]) -> 
     capsys.readouterr()
     cli.main(["run", "my.py", *SMALL, "note=a: b # c ${x}"])
     assert capsys.readouterr().out == "a: b # c ${x}\n"
+
+
+def test_the_lines_of_the_docs_are_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "configs.md").read_text()
+    copy("dllm_jepa_full", *re.findall(r"^    (\w+: Annotated.*)$", page, flags=re.MULTILINE))
+    own = recipe_config("my.py")
+    start = [*SMALL, "critic={_component_: dllm_jepa.jepa.ema_target_encoder, x: 1}"]
+    assert own.model_fields.keys() >= {"smoothing", "layers", "note", "critic"}
+    values = load_config([*start, "smoothing=1", "layers=[0, a]", "note=# a"], own)
+    assert values["note"] == "# a"
+    keys = [line.partition(" ")[0] for line in own.problems(values)]
+    assert keys == ["smoothing:", "layers:", "critic.x:", "critic.copy_backbone:"]
 
 
 def test_a_section_of_keys() -> None:
