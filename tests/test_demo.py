@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from dllm_jepa.config import Component
 from dllm_jepa.data import generate_regex_pairs
 from dllm_jepa.errors import ConfigError, LaunchError
 from dllm_jepa.evals import nlrx
@@ -318,7 +319,7 @@ def test_the_model_before_training(scored_run: Path, tmp_path: Path) -> None:
     ],
 )
 def test_runs_that_cannot_be_scored(tmp_path: Path, path: str, arguments: dict[str, Any], message: str) -> None:
-    cfg = SimpleNamespace(dataset=SimpleNamespace(path=path, arguments=arguments))
+    cfg = SimpleNamespace(dataset=Component(path, arguments))
     with pytest.raises(ConfigError, match=message):
         scoring.evaluation(cfg, tmp_path, 12)
 
