@@ -266,7 +266,7 @@ def base_weights(model: MaskedDiffusionLM, state: dict[str, Any], base: Path | N
         CheckpointError: if the directory does not fit the model, or holds other weights than the run started from.
     """
     if base is None:
-        return InitialWeights(model, seed=state["seed"], num_layers=model.sizes.num_layers)
+        return InitialWeights(model, seed=state["seed"])
     checkpoint = HFCheckpoint(base)
     checkpoint.check(model)
     if checkpoint.fingerprint() != state["base_weights"]:
