@@ -20,8 +20,7 @@ from dllm_jepa.models import (
 )
 from dllm_jepa.trained_model import (
     base_weights,
-    check_part,
-    recorded_base,
+    saved_base,
     saved_model,
     saved_prompt,
     saved_tokenizer,
@@ -69,14 +68,13 @@ def export_checkpoint(
     checkpoint = SavedCheckpoint(states[-1] if states else path)
     checkpoint.verify()
     state, config = checkpoint.state, OmegaConf.load(checkpoint.config)
-    given, base = base, base or recorded_base(checkpoint)
+    given, base = base, saved_base(checkpoint, base)
     if base is not None and not base.is_dir():
         what = f"--base {base}" if given else f"the run started from {base}, which"
         raise CheckpointError(
             f"{what} is not a directory here; give the one to copy config.json and the tokenizer from by --base"
         )
-    model = saved_model(checkpoint)
-    check_part(checkpoint, part)
+    model = saved_model(checkpoint, part)
     if merged and model.lora is None:
         raise CheckpointError(f"{path} is of full fine-tuning: there is no adapter to merge; leave out --merged")
     stored = DTYPES[dtype or config.export_dtype or config.compute_dtype]
@@ -87,8 +85,7 @@ def export_checkpoint(
     }
     weights = saved_weights(checkpoint, model, part, stored)
     if model.lora is None:
-        names = len(model.state_dict())
-        bar = tqdm(weights, total=names, desc="exporting", unit=" tensors", disable=None)
+        bar = tqdm(weights, total=len(model.state_dict()), desc="exporting", unit=" tensors", disable=None)
         save_hf(model, out, base, stored, weights=bar, shard_bytes=shard_bytes, **files)
         return
     read, adapters = base_weights(model, state, base).read, dict(weights)

@@ -1,5 +1,6 @@
 """Any model on disk, opened by its directory: a Hugging Face directory, an adapter, or a training state."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -58,13 +59,10 @@ class ModelSource:
     prompt: Prompt | None
 
     def tokenizer(self, component: Component | None = None) -> Tokenizer:
-        """A tokenizer for it.
+        """A tokenizer for it, checked by `check_ids`.
 
         Args:
             component: builder and arguments, which gets `tokenizer_dir` unless it has a `path`; None is its own.
-
-        Raises:
-            CheckpointError: if there are no such files, or it has ids that the model does not score.
         """
         if component is None:
             tokenizer = self.own_tokenizer()
@@ -74,11 +72,7 @@ class ModelSource:
         return tokenizer
 
     def check_ids(self, tokenizer: Tokenizer) -> None:
-        """Refuse a tokenizer with ids that the model does not score.
-
-        Raises:
-            CheckpointError: naming both numbers.
-        """
+        """Refuse, with a CheckpointError, a tokenizer with ids that the model does not score."""
         num_ids = self.model.sizes.vocab_size
         if tokenizer.vocab_size > num_ids:
             raise CheckpointError(
@@ -157,38 +151,30 @@ def _directory_tokenizer(path: Path, family: str) -> Tokenizer:
 def _open_training_state(path: Path, part: str, base: str | Path | None, ranks: Ranks | None) -> ModelSource:
     checkpoint = SavedCheckpoint(path)
     checkpoint.verify(ranks)
-    model = saved_model(checkpoint)
-    check_part(checkpoint, part)
+    model = saved_model(checkpoint, part)
     if base is not None and model.lora is None:
         raise CheckpointError(f"{path} is of full fine-tuning, and only adapters stand on a base: leave out {base}")
-    base = recorded_base(checkpoint) if base is None else Path(base)
-    if model.lora is not None:
-        base_weights(model, checkpoint.state, base)
+    base = saved_base(checkpoint, base)
+    read = None if model.lora is None else base_weights(model, checkpoint.state, base).read
+    with torch.device("meta"):
+        plain = FAMILIES[model.family].build(model.sizes)
 
     def load(dtype: torch.dtype, device: torch.device) -> MaskedDiffusionLM:
         weights = saved_weights(checkpoint, model, part, dtype)
-        plain = _plain(model)
-        if model.lora is not None:
-            read = base_weights(model, checkpoint.state, base).read
+        if read is not None and model.lora is not None:
             weights = merged_weights(plain.state_dict(), read, dict(weights), model.lora)
-        return _filled(plain, weights, dtype, device)
+        return _filled(copy.deepcopy(plain), weights, dtype, device)
 
     digest = hashlib.sha256((checkpoint.path / MANIFEST_NAME).read_bytes()).hexdigest()
     return ModelSource(
         path,
-        _plain(model),
+        plain,
         base,
         f"{digest} {part}",
         own_tokenizer=lambda: saved_tokenizer(checkpoint, base),
         load=load,
         prompt=saved_prompt(checkpoint),
     )
-
-
-def _plain(model: MaskedDiffusionLM) -> MaskedDiffusionLM:
-    """The same model without adapters, on the meta device."""
-    with torch.device("meta"):
-        return FAMILIES[model.family].build(model.sizes)
 
 
 def _filled(
@@ -204,14 +190,15 @@ def _filled(
     return model.eval()
 
 
-def saved_model(checkpoint: SavedCheckpoint) -> MaskedDiffusionLM:
+def saved_model(checkpoint: SavedCheckpoint, part: str) -> MaskedDiffusionLM:
     """The model of a training state, with its adapters, on the meta device and held against the saved tensors.
 
     Args:
         checkpoint: the training state.
+        part: "online" or "target", the weights that will be read.
 
     Raises:
-        CheckpointError: if its family is not one of this package, or its tensors do not fit.
+        CheckpointError: if its family is not one of this package, its tensors do not fit, or it has no such part.
     """
     saved: dict[str, Any] = checkpoint.state["model"]
     if saved["family"] not in FAMILIES:
@@ -224,33 +211,21 @@ def saved_model(checkpoint: SavedCheckpoint) -> MaskedDiffusionLM:
         if saved.get("lora") is not None:
             model = add_lora(model, LoRASettings(**saved["lora"]))
     check_trained(checkpoint, "model", model)
-    return model
-
-
-def check_part(checkpoint: SavedCheckpoint, part: str) -> None:
-    """Refuse the target encoder's weights of a run that had none.
-
-    Raises:
-        CheckpointError: if they are asked for and not there.
-    """
     if part == "target" and not any(name.startswith("target.") for name in checkpoint.tensors):
         raise CheckpointError(
             f"{checkpoint.path} has no target encoder: its run had jepa_weight: 0. Take the part online"
         )
+    return model
 
 
-def recorded_base(checkpoint: SavedCheckpoint) -> Path | None:
-    """The directory that the run of a training state started from; None for random weights."""
-    base = checkpoint.state["base"]
+def saved_base(checkpoint: SavedCheckpoint, given: str | Path | None) -> Path | None:
+    """The directory of the base: the given one, or that which the run started from; None for random weights."""
+    base = given or checkpoint.state["base"]
     return None if base is None else Path(base)
 
 
 def saved_prompt(checkpoint: SavedCheckpoint) -> Prompt | None:
-    """How the run of a training state prompts its model; None if the state does not say so.
-
-    Raises:
-        CheckpointError: if it says something else.
-    """
+    """How the run of a training state prompts its model; None if the state does not say so."""
     return check_prompt(checkpoint.state.get("prompt"), checkpoint.path / "state.json")
 
 
@@ -287,7 +262,7 @@ def saved_weights(
         checkpoint: the training state.
         model: its model.
         part: "online" or "target".
-        dtype: type of the tensors; adapters are always fp32.
+        dtype: type of the tensors, save adapters, which are fp32.
 
     Yields:
         Parameter names of the model, and tensors on the CPU.
