@@ -1,10 +1,8 @@
-"""Adapters merged into the weights of their base, one weight at a time; the model in memory stays as it is.
-
-Shape legend: r rank, I inputs and O outputs of a linear layer.
-"""
+"""Adapters merged into the weights of their base, one weight at a time; the model in memory stays as it is."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,17 +48,8 @@ def save_merged(
     with torch.device("meta"):
         plain = FAMILIES[model.family].build(model.sizes)
     weights = merged_weights(plain.state_dict(), read, adapters, model.lora)
-    save_hf(
-        plain,
-        path,
-        like,
-        dtype,
-        weights=weights,
-        tokenizer=tokenizer,
-        card=card,
-        prompt=prompt,
-        shard_bytes=shard_bytes,
-    )
+    files: dict[str, Any] = {"tokenizer": tokenizer, "card": card, "prompt": prompt}
+    save_hf(plain, path, like, dtype, weights=weights, shard_bytes=shard_bytes, **files)
 
 
 def merged_weights(
@@ -87,7 +76,7 @@ def merged_weights(
 
 
 def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None, scaling: float) -> Tensor:
-    """W [O, I] + scaling * B [O, r] A [r, I] in fp32, and for DoRA its rows brought to their magnitudes [O]."""
+    """W [outputs, inputs] + scaling * B A in fp32, and for DoRA its rows brought to their magnitudes."""
     lora_a, lora_b = lora_a.to(weight.device, torch.float32), lora_b.to(weight.device, torch.float32)
     merged = torch.addmm(weight.float(), lora_b, lora_a, alpha=scaling)
     if magnitude is None:
