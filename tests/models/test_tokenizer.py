@@ -4,7 +4,6 @@ import copy
 import json
 import pickle
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,27 +186,23 @@ def test_refused_conversations(family: Tokenizer) -> None:
             family.encode_chat(messages)
 
 
-@pytest.mark.parametrize(
-    ("write", "build", "names"),
-    [
-        (write_llada, llada_tokenizer, [name for name in LLADA_ADDED if name not in HEADERS]),
-        (write_dream, dream_tokenizer, ["<|endoftext|>", "<|mask|>", "<|beginoftext|>"]),
-    ],
-)
-def test_base_tokenizer_has_no_chat(
-    tmp_path: Path, write: Callable[..., Path], build: Callable[[str], Tokenizer], names: list[str]
-) -> None:
-    tokenizer = build(str(write(tmp_path, names)))
-    with pytest.raises(CheckpointError, match="base model.*`template: plain`"):
-        tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
-    assert tokenizer.decode(tokenizer.encode("plain text works")) == "plain text works"
-
-
-def test_llada_chat_needs_a_bos_token(tmp_path: Path) -> None:
-    directory = write_llada(tmp_path, LLADA_ADDED[1:])
+def test_a_chat_needs_its_tokens(tmp_path: Path) -> None:
+    message = [{"role": "user", "content": "Hi"}]
+    base = llada_tokenizer(write_llada(tmp_path / "base", [name for name in LLADA_ADDED if name not in HEADERS]))
+    with pytest.raises(CheckpointError, match=r"no chat tokens <\|start_header_id\|>, .*`template: plain`"):
+        base.encode_chat(message)
+    assert base.decode(base.encode("plain text works")) == "plain text works"
+    dream = dream_tokenizer(
+        write_dream(tmp_path / "dream", ["<|endoftext|>", "<|beginoftext|>", "<|im_start|>", "<|mask|>"])
+    )
+    with pytest.raises(
+        CheckpointError, match=r"base model: it has no chat tokens <\|im_end\|>\. Use `template: plain`"
+    ):
+        dream.encode_chat(message)
+    directory = write_llada(tmp_path / "no_bos", LLADA_ADDED[1:])
     edit_json(directory / "tokenizer_config.json", bos_token=None)
     with pytest.raises(CheckpointError, match="no bos_token"):
-        llada_tokenizer(str(directory)).encode_chat([{"role": "user", "content": "Hi"}])
+        llada_tokenizer(directory).encode_chat(message)
 
 
 # --- text ---

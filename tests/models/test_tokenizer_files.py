@@ -117,21 +117,15 @@ def test_added_tokens_json_serves_old_checkpoints(tmp_path: Path, dream: DreamTo
     assert tokenizer.encode_chat(messages) == dream.encode_chat(messages)
 
 
-def test_tokens_that_only_the_config_lists_are_added(tmp_path: Path, llada: LLaDATokenizer) -> None:
-    directory = write_llada(tmp_path)
-    content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
-    content["added_tokens"] = content["added_tokens"][:4]
-    write_json(directory / "tokenizer.json", content)
-    assert llada_tokenizer(str(directory)).mask_id == llada.mask_id
-
-
-def test_the_config_says_which_tokens_are_special(tmp_path: Path) -> None:
-    directory = write_llada(tmp_path)
-    content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
-    content["added_tokens"] = [token | {"special": False} for token in content["added_tokens"]]
-    write_json(directory / "tokenizer.json", content)
-    tokenizer = llada_tokenizer(str(directory))
-    assert tokenizer.encode("<role>") == trained_backend().encode("<role>").ids
+def test_the_config_lists_added_tokens_and_says_which_are_special(tmp_path: Path, llada: LLaDATokenizer) -> None:
+    file = write_llada(tmp_path) / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["added_tokens"] = [token | {"special": False} for token in content["added_tokens"][:4]]
+    write_json(file, content)
+    tokenizer = llada_tokenizer(str(tmp_path))
+    assert tokenizer.mask_id == llada.mask_id
+    for name in ("<role>", LLADA_ADDED[3]):
+        assert tokenizer.encode(name) == trained_backend().encode(name).ids
 
 
 def refuse(build: Callable[[str], Tokenizer], directory: Path, *words: str) -> None:
