@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm_jepa.data import BatchPlan
-from dllm_jepa.data._batch_plan import StepPlan, deal, even_out, split_packed, split_padded
+from dllm_jepa.data._batch_plan import StepPlan, deal, even_out, largest_share, split_packed, split_padded
 from dllm_jepa.errors import ConfigError
 
 IntArray = npt.NDArray[np.int64]
@@ -50,6 +50,18 @@ def check(split: Split, lengths: IntArray, capacity: int, num_ranks: int) -> lis
 )
 def test_every_split_holds(split: Split, lengths: list[int], spare: int, num_ranks: int) -> None:
     check(split, np.array(lengths), max(lengths) + spare, num_ranks)
+
+
+@both_splits
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=9, max_size=40), num_ranks=st.integers(1, 9))
+def test_the_largest_share_is_enough_for_one_micro_batch_a_rank(
+    split: Split, lengths: list[int], num_ranks: int
+) -> None:
+    share = largest_share(np.array(lengths), num_ranks, packed=split is split_packed)
+    assert len(split(np.array(lengths), share, num_ranks)) == num_ranks
+    if num_ranks == 1:
+        assert len(split(np.array(lengths), share - 1, 1)) > 1
 
 
 def fits(lengths: list[int], capacity: int, num_bins: int) -> bool:
