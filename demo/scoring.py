@@ -45,7 +45,7 @@ def model_before_training(cfg: Any, run_dir: Path) -> Path:
     path = run_dir / "before"
     if not path.exists():
         model: MaskedDiffusionLM = cfg.model.build()
-        initial = InitialWeights(model, seed=cfg.seed, num_layers=model.sizes.num_layers)
+        initial = InitialWeights(model, seed=cfg.seed)
         weights = ((name, initial.read(name)) for name, _ in model.named_parameters())
         save_hf(model, path, None, torch.float32, weights=weights, tokenizer=cfg.tokenizer.build())
     return path
