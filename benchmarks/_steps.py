@@ -19,7 +19,6 @@ from dllm_jepa.jepa import (
     EMATargetEncoder,
     GlobalCounts,
     band_sums,
-    ema_target_encoder,
     fixed_ratio_views,
     jepa_loss,
     masked_token_weights,
@@ -176,7 +175,7 @@ class Trainer:
         if any(arm.jepa for arm in arms):
             backbone = self._model(torch.device("meta")).backbone.to_empty(device=self.device)
             init_rope(backbone)
-            self.target_encoder = ema_target_encoder(backbone, dtype=setting.dtype)
+            self.target_encoder = EMATargetEncoder(backbone, ema_decay=0.996)
             self.target_encoder.copy_from(self.model.backbone)
             kinds = {(arm.compiled, arm.float8) for arm in arms if arm.jepa}
             self.embedders = {kind: self._embedder(backbone, *kind) for kind in kinds}
@@ -207,7 +206,7 @@ class Trainer:
         if compiled:
             backbone.compile_layers()
         choose_packed_attention(backbone, self.device, self.compute_dtype)
-        return ema_target_encoder(backbone, dtype=self.setting.dtype, float8=float8)
+        return EMATargetEncoder(backbone, ema_decay=0.996)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         if self.setting.dtype == "fp32":

@@ -23,7 +23,7 @@ import torch
 from _machine import describe_machine, forget_peak, resident
 
 from dllm_jepa.export import export_checkpoint
-from dllm_jepa.jepa import ema_target_encoder
+from dllm_jepa.jepa import EMATargetEncoder
 from dllm_jepa.models.llada import llada
 from dllm_jepa.training import CheckpointWriter, Ranks, SavedCheckpoint, TrainingState
 
@@ -34,7 +34,7 @@ def live_state(embed_dim: int, num_layers: int, vocab_size: int) -> tuple[Traini
     """The state of a run after one step, what a checkpoint says of it, and its number of trained parameters."""
     sizes = {"vocab_size": vocab_size, "embed_dim": embed_dim, "num_layers": num_layers, "num_heads": 8}
     model, copy = (llada(**sizes, mlp_dim=4 * embed_dim) for _ in range(2))
-    target_encoder = ema_target_encoder(copy.backbone)
+    target_encoder = EMATargetEncoder(copy.backbone, ema_decay=0.996)
     trained = torch.nn.ModuleDict({"model": model})
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5)
     for param in trained.parameters():

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from dllm_jepa import __version__
 from dllm_jepa.data import BatchPlan, MicroBatch, TrainingBatches, regex_pairs
-from dllm_jepa.jepa import ema_target_encoder, pool, transformer_predictor, uniform_ratio_views
+from dllm_jepa.jepa import EMATargetEncoder, pool, transformer_predictor, uniform_ratio_views
 from dllm_jepa.models import InitialWeights, MaskedDiffusionLM, load_hf, tokenizer_builder, use_float8
 from dllm_jepa.models.llada import llada
 from dllm_jepa.trained_model import open_model
@@ -105,7 +105,7 @@ def add_outliers(model: MaskedDiffusionLM) -> MaskedDiffusionLM:
 
 def embed(backbone: nn.Module, batch: MicroBatch, *, float8: bool) -> Tensor:
     """Target embeddings, fp32 [S, D]."""
-    encoder = ema_target_encoder(backbone, dtype="bf16", float8=float8)
+    encoder = EMATargetEncoder(backbone, ema_decay=0.996)
     packing = {"mask": batch.attention_mask, "input_pos": batch.input_pos}
     return encoder.embed(batch.target, batch.target_ids, batch.num_sequences, **packing)
 

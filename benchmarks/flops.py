@@ -27,8 +27,8 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from dllm_jepa.jepa import (
+    EMATargetEncoder,
     GlobalCounts,
-    ema_target_encoder,
     jepa_loss,
     pool,
     transformer_predictor,
@@ -92,7 +92,7 @@ def count_flops(
         view = torch.zeros(sequences, tokens, dtype=torch.int64)
         labels, weights = torch.zeros(scored, dtype=torch.int64), torch.ones(scored)
         predictor = transformer_predictor(model.sizes.embed_dim, model.sizes.mlp_dim)
-        average = ema_target_encoder(MODELS[name]().backbone) if method.target == "average" else None
+        average = EMATargetEncoder(MODELS[name]().backbone, ema_decay=0.996) if method.target == "average" else None
     counts = GlobalCounts(sequences, scored, *2 * [sequences * tokens], sequences * tokens**2)
     if checkpointing != "none":
         model.checkpoint_layers()

@@ -290,7 +290,7 @@ def _run(words: list[str]) -> None:
     if launch.nnodes in ("1", "1:1") and not launch.rdzv_endpoint:
         launch.standalone = True  # on a free port, so that two runs can share a machine
     try:
-        run(launch)
+        run(launch)  # type: ignore[no-untyped-call]
     except (ChildFailedError, SignalException):  # the ranks have said why
         sys.exit(1)
 

@@ -62,6 +62,7 @@ class Config(config.TrainedModel):
         *config.TrainedModel.rules,
         config.rules.output_dir_can_be_written,
         config.rules.base_directory_exists,
+        config.rules.decoding_builds,
         config.rules.task_gets_what_it_takes,
     )
 

@@ -85,6 +85,7 @@ class Config(config.TrainedModel):
 
     rules = (
         *config.TrainedModel.rules,
+        config.rules.decoding_builds,
         config.rules.one_source_of_prompts,
         config.rules.new_files,
         config.rules.one_process,

@@ -1,6 +1,7 @@
 """The rules of the tree, asserted from syntax trees: who imports whom, private names, and no dead config key."""
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -67,17 +68,16 @@ def private_torchtune_names(tree: ast.AST) -> set[str]:
     return {dotted for dotted in imports(tree) if re.match(r"torchtune\b.*\._", dotted)}
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
 def test_imports_go_down_only() -> None:
-    wrong = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        found = siblings(parse(path)) if part == "__init__" else wrong_imports(part, parse(path))
-        wrong |= {name_of(path): found} if found else {}
-    assert wrong == {}
+        wrong = siblings(parse(path)) if part == "__init__" else wrong_imports(part, parse(path))
+        assert wrong == set(), name_of(path)
 
 
 def test_the_import_rules_see_every_form_of_import() -> None:
@@ -89,13 +89,19 @@ def test_the_import_rules_see_every_form_of_import() -> None:
     assert private_torchtune_names(ast.parse(code)) == private
 
 
-def test_nothing_imports_a_recipe_or_private_names_of_torchtune() -> None:
-    recipes = {path.stem for path in RECIPES} | {"recipes"}
+def test_nothing_imports_a_recipe() -> None:
+    recipes = {"recipes", *(path.stem for path in RECIPES)}
     for path in SOURCES:
-        tree = parse(path)
-        assert not recipes & {dotted.split(".")[0] for dotted in imports(tree)}, path
-        assert private_torchtune_names(tree) == set(), path
-        assert path.read_bytes().isascii() and ast.get_docstring(tree), path
+        assert {dotted.split(".")[0] for dotted in imports(parse(path))} & recipes == set(), name_of(path)
+
+
+def test_no_private_name_of_torchtune_is_used() -> None:
+    assert [name_of(path) for path in SOURCES if private_torchtune_names(parse(path))] == []
+
+
+def test_files_are_ascii_with_a_docstring() -> None:
+    for path in SOURCES:
+        assert path.read_bytes().isascii() and ast.get_docstring(parse(path)), name_of(path)
 
 
 # Config keys and files

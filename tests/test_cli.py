@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dllm_jepa import cli
-from dllm_jepa.config import _resolve as resolve_module
+from dllm_jepa import packaged as find_module
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -17,10 +17,18 @@ RECIPE = '''"""A recipe that prints what it gets.
 Launch: tune run echo_recipe.py --config small.yaml
 """
 import os
-from dllm_jepa.config import Key, Number, Schema, parse
+from typing import Annotated
+from pydantic import Field
+from dllm_jepa import config
 
-@parse(schema=Schema(keys=(Key("size", Number(integer=True, low=1), "how large"),)))
-def recipe_main(cfg):
+class Config(config.Config):
+    size: Annotated[int, Field(ge=1, description="how large")]
+
+    opens = (lambda size: [f"size: {size} does not fit"] if size > 8 else [],)
+    remarks = (lambda size: [f"size: {size} is large"] if size > 4 else [],)
+
+@config.parse
+def recipe_main(cfg: Config) -> None:
     print(f"rank {os.environ.get('RANK', '-')} of {os.environ.get('WORLD_SIZE', '-')}: size {cfg.size}")
 
 if __name__ == "__main__":
@@ -37,7 +45,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "configs" / "plain.yaml").write_text("size: 1\n")
     (package.parent / "dllm_jepa_echo.py").write_text(RECIPE)
     (tmp_path / "work").mkdir()
-    monkeypatch.setattr(resolve_module, "_PACKAGE_DIR", package)
+    monkeypatch.setattr(find_module, "_PACKAGE_DIR", package)
+    monkeypatch.setattr(sys, "path", [str(package.parent), *sys.path])
+    monkeypatch.delitem(sys.modules, "dllm_jepa_echo", raising=False)
     monkeypatch.chdir(tmp_path / "work")
     return package
 
@@ -117,38 +127,37 @@ def test_cat_prints_the_file_or_the_sorted_keys(installed: Path, capsys: pytest.
     assert "'smalll' is neither a file nor a packaged config. Packaged configs: small" in fails(capsys, "cat", "smalll")
 
 
-def test_validate_lists_the_problems(installed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = fails(capsys, "validate", "small", "seed=-1")
-    assert (
-        "  - size: unknown key" in message and "  - seed: -1 given" in message and "  - optimizer: missing" in message
-    )
-    assert "'no' is neither a file" in fails(capsys, "validate", "no")
+def test_validate_says_what_is_wrong(installed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "validate", "dllm_jepa_echo", "--config", "small", "size=0")
+    assert "the config has 2 problems:\n  - size: 0 given" in message and "  - age: unknown key" in message
+    assert "'no' is neither a file" in fails(capsys, "validate", "dllm_jepa_echo", "--config", "no")
+    assert "'no' is neither a file nor a module nor one of our" in fails(capsys, "validate", "no", "--config", "small")
+    assert "--config is missing" in fails(capsys, "validate", "dllm_jepa_echo", "size=1")
+    assert "'plain' is a config: name the recipe before it" in fails(capsys, "validate", "plain")
+    assert "size: 9 does not fit" in fails(capsys, "validate", "dllm_jepa_echo", "--config=plain", "size=9")
 
 
-VALID = """
-output_dir: runs/x
-device: cuda
-tokenizer: {_component_: os.path.join, a: x}
-model: {_component_: builtins.dict}
-jepa_weight: 0
-view_sampler: {_component_: builtins.dict}
-dataset: {_component_: stand_in_rows.rows}
-max_seq_len: 8
-global_batch_size: 1
-tokens_per_device: 8
-optimizer: {_component_: torch.optim.AdamW, lr: 1.0e-5}
-epochs: 1
-dtype: bf16
-"""
+def test_validate_accepts_a_valid_config_with_its_warnings(
+    installed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")  # of a machine that is not the one of the run
+    Path("my_recipe.py").write_text(RECIPE)
+    Path("mine.yaml").write_text("size: 1\n")
+    for recipe in ("dllm_jepa_echo", "my_recipe.py"):
+        cli.main(["validate", recipe, "size=5", "--config", "mine.yaml"])
+        captured = capsys.readouterr()
+        assert captured.out == f"{recipe} --config mine.yaml: valid\n"
+        assert captured.err == "warning: size: 5 is large\n"
 
 
-def test_validate_accepts_a_valid_config_on_any_machine(installed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("stand_in_rows.py").write_text("def rows(*, tokenizer, max_seq_len, shift_logits, progress): ...\n")
-    Path("mine.yaml").write_text(VALID)
-    cli.main(["validate", "mine.yaml", "jepa_weight=0.0"])
-    captured = capsys.readouterr()
-    assert captured.out.endswith("mine.yaml: valid\n")
-    assert captured.err.startswith("warning: dtype: bf16 with optimizer.lr 1e-05")
+def test_keys_lists_the_keys_of_a_recipe(installed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["keys", "dllm_jepa_echo"])
+    assert "| `size` | an integer >= 1 | must be given | how large |" in capsys.readouterr().out
+
+
+def test_memory_is_computed_of_training_recipes(installed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "memory", "dllm_jepa_echo", "--config", "plain")
+    assert "dllm_jepa_echo does not train: only the memory of a training step is computed" in message
 
 
 # run
@@ -200,7 +209,7 @@ def test_two_ranks_give_one_message_and_no_traceback(tmp_path: Path) -> None:
 
 
 def test_words_that_no_command_knows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["ls", "more"], ["memory", "tiny", "--gups", "8"], ["validate", "tiny", "--fast"]):
+    for words in (["ls", "more"], ["memory", "x", "--gups", "8"], ["validate", "x", "--fast"]):
         with pytest.raises(SystemExit) as exit_:
             cli.main(words)
         assert exit_.value.code == 2

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
 
+from dllm_jepa.config import Component, read_config, recipe_config
 from dllm_jepa.data import generate_regex_pairs
 from dllm_jepa.errors import ConfigError, LaunchError
 from dllm_jepa.evals import nlrx
@@ -259,10 +259,8 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     assert ["b minus a", "+55.0", "needs 2 seeds", "one seed: nothing can be said"] in rows
 
 
-def tiny_config(**changes: Any) -> DictConfig:
-    cfg = OmegaConf.load(REPOSITORY / "configs/tiny.yaml")
-    sizes = {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "mlp_dim": 16}
-    return OmegaConf.merge(cfg, {"model": sizes}, changes)
+def tiny_config(**changes: Any) -> Any:
+    return recipe_config("dllm_jepa_full").check(read_config(REPOSITORY / "configs/tiny.yaml") | changes)
 
 
 @pytest.fixture(scope="module")
@@ -332,13 +330,13 @@ def test_the_model_before_training(scored_run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ({"_component_": "dllm_jepa.data.gsm8k"}, "only runs on dllm_jepa.data.regex_pairs"),
-        ({"canvas_tokens": None}, "set dataset.canvas_tokens"),
+        (Component("dllm_jepa.data.gsm8k"), "only runs on dllm_jepa.data.regex_pairs"),
+        (Component("dllm_jepa.data.regex_pairs", {"canvas_tokens": None}), "set dataset.canvas_tokens"),
     ],
 )
-def test_runs_that_cannot_be_scored(tmp_path: Path, dataset: dict[str, Any], message: str) -> None:
+def test_runs_that_cannot_be_scored(tmp_path: Path, dataset: Component, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        scoring.evaluation(tiny_config(dataset=dataset), tmp_path, 12)
+        scoring.evaluation(tiny_config().model_copy(update={"dataset": dataset}), tmp_path, 12)
 
 
 def test_only_a_marked_folder_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """The documentation against the code: links, names, commands, tables, and every example is run.
 
-`python -m tests.test_docs` prints the three generated tables of docs/configs.md.
+`python -m tests.test_docs` prints the generated tables of docs/configs.md.
 """
 
 import importlib
@@ -20,23 +20,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from dllm_jepa import cli
-from dllm_jepa.config import (
-    EVALUATION,
-    GENERATION,
-    LORA,
-    REQUIRED,
-    SCHEMAS,
-    TRAINING,
-    Component,
-    Key,
-    Schema,
-    Section,
-    find_configs,
-    find_recipes,
-    load_config,
-    problems,
-    schema_of,
-)
+from dllm_jepa.config import Config, Given, find_configs, find_recipes, key_table, load_config
+from dllm_jepa.config._config import marks
 from dllm_jepa.data import SequenceDataset
 from dllm_jepa.evals import GenerationTask, HeldoutTask, MMLUTask
 from dllm_jepa.generation import Decoding
@@ -161,14 +146,20 @@ def runs(page: Path) -> Iterator[tuple[str, list[str]]]:
     for words in commands(page):
         if words[:2] == ["dllm-jepa", "cp"]:
             copies[words[3]] = words[2]
-        elif words[:2] in (["dllm-jepa", "validate"], ["dllm-jepa", "memory"]):
-            arguments = [word for word in words[2:] if word != "--config"]
-            at = arguments.index("--gpus") if "--gpus" in arguments else len(arguments)
-            yield "", ["--config", *arguments[:at], *arguments[at + 2 :]]
-        elif words[1:2] == ["run"]:
+        elif "--config" in words:  # tune run, dllm-jepa validate or memory
             at = words.index("--config")
             recipe, config = (copies.get(word, word) for word in (words[at - 1], words[at + 1]))
-            yield recipe, ["--config", config, *words[at + 2 :]]
+            rest = words[at + 2 :]
+            if "--gpus" in rest:
+                del rest[rest.index("--gpus") : rest.index("--gpus") + 2]
+            yield recipe, ["--config", config, *rest]
+        elif words[:2] == ["dllm-jepa", "validate"] or words[:2] == ["dllm-jepa", "memory"]:
+            raise AssertionError(f"no recipe or no --config: {words}")
+
+
+def config_of(recipe: str) -> type[Config]:
+    config_class: type[Config] = importlib.import_module(recipe).recipe_main.config_class
+    return config_class
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -177,11 +168,12 @@ def test_every_command_line_is_valid(page: Path, tmp_path: Path, monkeypatch: py
     not_here = re.compile(
         r"(checkpoint_dir|base_dir|resume|output_dir): .*(is not a directory|nor an existing path|\?\?\?)"
         r"|.*no module named 'my_"
+        r"|smoothing: unknown key"  # the key of one's own
     )
     for recipe, arguments in runs(page):
-        config = find_configs()[arguments[1]]
-        schema = SCHEMAS[recipe] if recipe else schema_of(config.read_text("utf-8"))
-        assert [line for line in problems(load_config(arguments), schema) if not not_here.match(line)] == [], arguments
+        cls = config_of(recipe)
+        found = cls.problems(load_config(arguments, cls))
+        assert [line for line in found if not not_here.match(line)] == [], arguments
 
 
 def test_there_are_commands_and_examples() -> None:
@@ -239,38 +231,21 @@ def test_the_computed_memory_is_that_of_the_benchmark() -> None:
 # Reference tables
 
 
-def declared_keys(one: Schema, other: Schema, names: tuple[str, str]) -> Iterator[tuple[Key, str]]:
-    """Every key of two recipes, with the recipe that has it."""
-    for key in one.keys:
-        yield key, "both" if key in other.keys else names[0]
-    yield from ((key, names[1]) for key in other.keys if key not in one.keys)
+TABLES = {"training": "dllm_jepa_full", "evaluation": "dllm_jepa_eval", "generation": "dllm_jepa_generate"}
 
 
-TRAINING_KEYS = [*declared_keys(TRAINING, LORA, ("full", "LoRA"))]
-USE_KEYS = [*declared_keys(EVALUATION, GENERATION, ("eval", "generate"))]
+def key_rows(table: str) -> list[str]:
+    """A line for every key of a recipe."""
+    return key_table(config_of(TABLES[table])).splitlines()[2:]
 
 
-def key_rows() -> Iterator[str]:
-    """A line for every key of the training recipes."""
-    for key, recipe in TRAINING_KEYS:
-        yield from rows_of(key, recipe)
-
-
-def use_key_rows() -> Iterator[str]:
-    """A line for every key of the recipes that use a trained model."""
-    for key, recipe in USE_KEYS:
-        yield from rows_of(key, recipe)
-
-
-def rows_of(key: Key, recipe: str, prefix: str = "") -> Iterator[str]:
-    """The line of a key, or those of a section."""
-    if isinstance(key.kind, Section):
-        for part in key.kind.keys:
-            yield from rows_of(part, recipe, f"{key.name}.")
-    else:
-        kind = "a component" + " or null" * key.nullable if isinstance(key.kind, Component) else key.describe()
-        default = "must be given" if key.default is REQUIRED else f"`{json.dumps(key.default)}`"
-        yield f"| `{prefix}{key.name}` | {recipe} | {kind} | {default} | {key.doc} |"
+def given() -> Iterator[tuple[str, Given]]:
+    """Every key that holds a component, of every recipe, with what the recipe passes to it."""
+    for recipe in TABLES.values():
+        for name, field in config_of(recipe).model_fields.items():
+            if "Component" in str(field.annotation):
+                (passed,) = marks(field, Given) or [Given()]
+                yield name, passed
 
 
 PRODUCTS = {
@@ -287,19 +262,18 @@ NO_BUILDERS = ("build_sequences", "build_generation_task")  # for builders of on
 BUILDER_MODULES = ("jepa", "data", "training", "models.llada", "models.dream", "models.tiny", "evals", "generation")
 
 
-def builders() -> Iterator[tuple[Key, str]]:
+def builders() -> Iterator[tuple[str, Given, str]]:
     """Every builder of the package with the key that it is for, told by what it returns."""
-    trained = {key.name for key in TRAINING.keys}
-    for key in (*TRAINING.keys, *(key for key in EVALUATION.keys if key.name not in trained)):
+    for key, passed in {key: (key, passed) for key, passed in reversed([*given()])}.values():
         for module in (importlib.import_module(f"dllm_jepa.{name}") for name in BUILDER_MODULES):
             for name in module.__all__:
                 builder = getattr(module, name)
                 product = typing.get_type_hints(builder).get("return") if inspect.isfunction(builder) else None
                 is_tokenizer = inspect.isclass(product) and name.endswith("_tokenizer")
-                wanted = PRODUCTS.get(key.name, ())
+                wanted = PRODUCTS.get(key, ())
                 is_wanted = inspect.isclass(product) and issubclass(product, wanted) and name not in NO_BUILDERS
-                if is_wanted or (is_tokenizer and key.name == "tokenizer"):
-                    yield key, f"{module.__name__}.{name}"
+                if is_wanted or (is_tokenizer and key == "tokenizer"):
+                    yield key, passed, f"{module.__name__}.{name}"
 
 
 def argument_text(parameter: inspect.Parameter) -> str:
@@ -310,16 +284,14 @@ def argument_text(parameter: inspect.Parameter) -> str:
 
 def builder_rows() -> Iterator[str]:
     """A line for every builder: its key, its path, the arguments that yaml gives it, and its first sentence."""
-    for key, path in builders():
-        assert isinstance(key.kind, Component)
+    for key, passed, path in builders():
         module, _, name = path.rpartition(".")
         builder = getattr(importlib.import_module(module), name)
-        parameters = list(inspect.signature(builder).parameters.values())[len(key.kind.positional) :]
-        passed = {*key.kind.keywords, *key.kind.offered}
-        own = [parameter for parameter in parameters if parameter.name not in passed]
+        parameters = list(inspect.signature(builder).parameters.values())[len(passed.positional) :]
+        own = [parameter for parameter in parameters if parameter.name not in {*passed.keywords, *passed.offered}]
         arguments = ", ".join(argument_text(parameter) for parameter in own)
         doc = (inspect.getdoc(builder) or "").split("\n\n")[0].replace("\n", " ")
-        yield f"| `{key.name}` | `{path}` | {arguments or '-'} | {doc} |"
+        yield f"| `{key}` | `{path}` | {arguments or '-'} | {doc} |"
 
 
 def generated(name: str) -> list[str]:
@@ -329,21 +301,23 @@ def generated(name: str) -> list[str]:
     return [line for line in block.splitlines() if line.startswith("|")][2:]
 
 
-@pytest.mark.parametrize(("name", "rows"), [("keys", key_rows), ("use keys", use_key_rows), ("builders", builder_rows)])
-def test_the_reference_tables_are_those_of_the_code(name: str, rows: typing.Callable[[], Iterator[str]]) -> None:
-    assert generated(name) == list(rows()), "renew the table: python -m tests.test_docs"
+def tables() -> dict[str, list[str]]:
+    return {name: key_rows(name) for name in TABLES} | {"builders": [*builder_rows()]}
 
 
-def test_the_table_of_passed_arguments_is_that_of_the_schema() -> None:
+@pytest.mark.parametrize("name", [*TABLES, "builders"])
+def test_the_reference_tables_are_those_of_the_code(name: str) -> None:
+    assert generated(name) == tables()[name], "renew the table: python -m tests.test_docs"
+
+
+def test_the_table_of_passed_arguments_is_that_of_the_classes() -> None:
     rows = table_rows((REPOSITORY / "docs" / "configs.md").read_text("utf-8"), "What the recipe passes")
     documented = {
         row[0].strip("`"): {name for cell in row[1:] for name in re.findall(r"`(\w+)`", cell)} for row in rows
     }
     passed: dict[str, set[str]] = {}
-    for key, _ in TRAINING_KEYS + USE_KEYS:
-        if isinstance(key.kind, Component):
-            arguments = {*key.kind.positional, *key.kind.keywords, *key.kind.optional, *key.kind.offered}
-            passed[key.name] = passed.get(key.name, set()) | arguments
+    for key, its in given():
+        passed.setdefault(key, set()).update(its.positional, its.keywords, its.offered)
     assert documented == {name: arguments for name, arguments in passed.items() if arguments}
 
 
@@ -357,7 +331,7 @@ def test_the_flops_are_those_of_the_benchmark() -> None:
 
 def test_the_demo_is_described_as_it_is_configured() -> None:
     cfg = load_config(["--config", "tiny"])
-    wanted = f"for {cfg.max_steps:,} steps on {cfg.dataset.num_pairs:,} generated pairs"
+    wanted = f"for {cfg['max_steps']:,} steps on {cfg['dataset']['num_pairs']:,} generated pairs"
     assert wanted in " ".join((REPOSITORY / "docs" / "results.md").read_text("utf-8").split())
 
 
@@ -411,7 +385,7 @@ def test_examples_run(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for block in fences(example, "yaml"):
         for key, value in yaml.safe_load(block).items():
             cfg[key] = value
-    OmegaConf.save(cfg, "my.yaml")
+    OmegaConf.save(OmegaConf.create(cfg), "my.yaml")
     try:
         rows = run_here(tmp_path / "run", recipe=recipe, base=["--config", "my.yaml"])
         assert [row["step"] for row in rows] == [1, 2]
@@ -451,4 +425,4 @@ def test_the_task_of_ones_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 if __name__ == "__main__":
-    print(*key_rows(), "", *use_key_rows(), "", *builder_rows(), sep="\n")
+    print(*(line for name, rows in tables().items() for line in ("", name, *rows)), sep="\n")

@@ -1,6 +1,7 @@
 """What is opened before a run starts: each finding is a line, and `dllm-jepa validate` reports it."""
 
 import collections
+import importlib.util
 import json
 from pathlib import Path
 
@@ -83,7 +84,8 @@ def test_state_and_export_must_fit_on_the_disk(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_package_of_a_logger_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     logger = "metric_logger={_component_: torchtune.training.metric_logging.CometLogger, project: x}"
-    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "comet_ml" else name)
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "comet_ml" else there(name))
     (line,) = found(logger)
     assert line.startswith("metric_logger: torchtune.training.metric_logging.CometLogger needs the package comet_ml")
     assert "pip install comet-ml" in line

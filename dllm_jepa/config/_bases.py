@@ -194,4 +194,4 @@ class TrainedModel(Config):
     dtype: Annotated[Dtype, Field(description="weights and computation")] = "fp32"
     batch_size: Annotated[Count, Field(description="rows in one forward pass: the memory knob")] = 16
 
-    rules: ClassVar[tuple[Rule, ...]] = (_rules.model_directory_exists, _rules.enough_gpus, _rules.decoding_builds)
+    rules: ClassVar[tuple[Rule, ...]] = (_rules.model_directory_exists, _rules.enough_gpus)

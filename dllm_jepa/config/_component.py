@@ -20,6 +20,11 @@ from dllm_jepa.errors import shown, suggestion
 UNSET = "???"
 """Stands in yaml for a value that only the user can give; nothing is checked about it."""
 
+
+class UnsetReference(str):
+    """`???` by way of a reference, such as `${checkpoint_dir}`: the other key is the one to set."""
+
+
 COMPONENT_PROBLEMS = "component_problems"  # the type of the validation error that carries lines of its own
 
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

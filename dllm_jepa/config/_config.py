@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from dllm_jepa.config._component import COMPONENT_PROBLEMS, UNSET
+from dllm_jepa.config._component import COMPONENT_PROBLEMS, UNSET, UnsetReference
 from dllm_jepa.config._describe import Phrase, describe
 from dllm_jepa.errors import ConfigError, shown, suggestion
 from dllm_jepa.packaged import find_recipes
@@ -143,6 +143,13 @@ class Config(Section):
     remarks: ClassVar[tuple[Rule, ...]] = ()
     """Rules whose lines are shown as warnings."""
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a rule that no config could ever call."""
+        for rule in (*cls.rules, *cls.opens, *cls.remarks):
+            if unknown := inspect.signature(rule).parameters.keys() - {*cls.model_fields, "launch"}:
+                raise TypeError(f"{cls.__qualname__}: rule {rule.__name__} reads {unknown.pop()!r}, which is no key")
+
     @field_validator("*")
     @classmethod
     def _collect(cls, value: Any, info: ValidationInfo) -> Any:
@@ -184,7 +191,9 @@ class Config(Section):
 
     @classmethod
     def _checked(cls, values: Mapping[str, Any], launch: Launch | None, opening: bool) -> tuple[Self | None, list[str]]:
-        lines = [f"{key}: ??? must be set; write it into the yaml or give {key}=VALUE" for key in _unset(values)]
+        unset = dict(_unset(values))
+        to_set = (key for key, value in unset.items() if not isinstance(value, UnsetReference))
+        lines = [f"{key}: ??? must be set; write it into the yaml or give {key}=VALUE" for key in to_set]
         known = {name: value for name, value in values.items() if value != UNSET}
         left_out = {n: field for n, field in cls.model_fields.items() if n not in values and not field.is_required()}
         valid = {name: field.get_default(call_default_factory=True) for name, field in left_out.items()}
@@ -193,8 +202,8 @@ class Config(Section):
             result = cls.model_validate_json(json.dumps(known, default=str), context=valid)
         except ValidationError as error:
             lines += _lines(cls, error, values)
-        for name in {key.partition(".")[0] for key in _unset(values)}:
-            valid.pop(name, None)
+        for key in unset:
+            valid.pop(key.partition(".")[0], None)
         lines += _call(cls.rules, valid, launch)
         if opening and not lines:
             lines += _call(cls.opens, valid, launch)
@@ -213,13 +222,13 @@ def _call(rules: Iterable[Rule], valid: Mapping[str, Any], launch: Launch | None
     ]
 
 
-def _unset(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The keys of all values that are `???`."""
+def _unset(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Keys and values of all that is `???`."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _unset(value, f"{prefix}{name}.")
         elif value == UNSET:
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", value
 
 
 def _lines(cls: type[Config], error: ValidationError, values: Mapping[str, Any]) -> Iterator[str]:

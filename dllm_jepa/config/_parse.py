@@ -18,7 +18,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from dllm_jepa.config._component import UNSET
+from dllm_jepa.config._component import UNSET, UnsetReference
 from dllm_jepa.config._config import Config, Launch, Verbatim, has_mark, key_table
 from dllm_jepa.errors import ConfigError, LaunchError, LostRankError, UserError, nearest_first
 from dllm_jepa.packaged import find_configs, find_recipes, resolve_config
@@ -90,8 +90,14 @@ def _recipe_module(recipe: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None, path
         module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(path.stem, module)  # annotations are resolved by way of it
-        spec.loader.exec_module(module)
+        namesake = sys.modules.get(path.stem)
+        sys.modules[path.stem] = module  # annotations are resolved by way of it
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            del sys.modules[path.stem]
+            if namesake is not None:
+                sys.modules[path.stem] = namesake
         return module
     find_from_here()
     try:
@@ -173,8 +179,10 @@ def _apply(cfg: DictConfig, word: str) -> None:
         raise ConfigError(f"command line: {word!r} is neither key=value nor ~key; options of torchrun come first")
     value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
     assert isinstance(value, dict), type(value)
-    present = OmegaConf.select(cfg, key) if not OmegaConf.is_missing(cfg, key.partition(".")[0]) else None
-    if isinstance(present, DictConfig) and "_component_" in present and isinstance(value["value"], str):
+    present: Any = OmegaConf.to_container(cfg, resolve=False)  # what stands there may refer to what is still to be set
+    for part in key.split("."):
+        present = present.get(part) if isinstance(present, dict) else None
+    if isinstance(present, dict) and "_component_" in present and isinstance(value["value"], str):
         key = f"{key}._component_"
     OmegaConf.update(cfg, key, value["value"], merge=False, force_add=True)
 
@@ -221,7 +229,9 @@ def _plain(node: DictConfig, prefix: str) -> tuple[dict[str, Any], list[str]]:
                 values[name] = OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
             else:
                 values[name] = value
-        except (MissingMandatoryValue, InterpolationToMissingValueError):
+        except InterpolationToMissingValueError:
+            values[name] = UnsetReference(UNSET)
+        except MissingMandatoryValue:
             values[name] = UNSET
         except OmegaConfBaseException as error:
             lines.append(f"{dotted}: cannot be resolved: {str(error).splitlines()[0]}")

@@ -14,12 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from dllm_jepa.memory._live_storages import LiveStorages, stored_bytes
-from dllm_jepa.memory._micro_batch import micro_batch_peak
-from dllm_jepa.memory._optimizer import optimizer_state_bytes, optimizer_step_bytes
-from dllm_jepa.memory._parts import DTYPES, build_parts
+from dllm_jepa.memory._simulation import (
+    DTYPES,
+    LiveStorages,
+    build_parts,
+    micro_batch_peak,
+    optimizer_state_bytes,
+    optimizer_step_bytes,
+    stored_bytes,
+)
 from dllm_jepa.models import MaskedDiffusionLM
 
 _ALWAYS = ("EMA target encoder", "gradients", "optimizer state", "activations", "logits")
@@ -102,8 +107,8 @@ def step_memory(cfg: Any, num_gpus: int = 1) -> MemoryTable:
     in_backward = cfg.optimizer_in_bwd
     gradients = (max([*trained, *aligned]) if in_backward else sum(trained)) * dtype.itemsize
     kept_gradients = 0 if in_backward else sum(aligned) * dtype.itemsize
-    quantized = [param for param in frozen if isinstance(param, NF4Tensor)]
-    dense = [param for param in frozen if not isinstance(param, NF4Tensor)]
+    quantized = [param for param in frozen if is_traceable_wrapper_subclass(param)]
+    dense = [param for param in frozen if not is_traceable_wrapper_subclass(param)]
     backbone = micro_batch_peak(cfg, num_gpus, with_logits=False)
     whole = micro_batch_peak(cfg, num_gpus, with_logits=True)
     seen_gradient = gradients if in_backward else 0  # the simulation has it, and it has its own row
@@ -152,7 +157,7 @@ def _gathered_bytes(cfg: Any, model: MaskedDiffusionLM, predictor: nn.Module | N
     width = DTYPES[cfg.compute_dtype].itemsize
 
     def weights(params: list[nn.Parameter]) -> int:
-        return sum(stored_bytes(p) if isinstance(p, NF4Tensor) else p.numel() * width for p in params)
+        return sum(stored_bytes(p) if is_traceable_wrapper_subclass(p) else p.numel() * width for p in params)
 
     def unreduced(params: list[nn.Parameter]) -> int:
         return sum(param.numel() for param in params if param.requires_grad) * (width + torch.float32.itemsize)
@@ -161,12 +166,14 @@ def _gathered_bytes(cfg: Any, model: MaskedDiffusionLM, predictor: nn.Module | N
     return weights(root) + 2 * max(map(weights, layers)) + largest
 
 
-def _dequantized_bytes(quantized: list[NF4Tensor]) -> int:
+def _dequantized_bytes(quantized: list[nn.Parameter]) -> int:
     """Temporaries while the largest quantized weight is turned back, by the bytes per element of a small one."""
     if not quantized:
         return 0
+    from torchao.dtypes.nf4tensor import to_nf4  # takes longer to import than torch
+
     weight = to_nf4(torch.ones(512, 512, dtype=torch.bfloat16))
     with (storages := LiveStorages()):
         weight.get_original_weight()
-    largest: int = max(param.numel() for param in quantized)
+    largest = max(param.numel() for param in quantized)
     return storages.peak * largest // int(weight.numel())

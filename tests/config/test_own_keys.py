@@ -1,5 +1,6 @@
-"""A key of one's own: a line in the `Config` of a copied recipe, and nothing in the package."""
+"""A key of one's own: a line in the `Config` of a copied recipe, and nothing in the package, as users do it."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -94,6 +95,18 @@ def test_a_verbatim_key_arrives_as_typed(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == "a: b # c ${x}\n"
 
 
+def test_the_lines_of_the_docs_are_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "configs.md").read_text()
+    copy("dllm_jepa_full", *re.findall(r"^    (\w+: Annotated.*)$", page, flags=re.MULTILINE))
+    own = recipe_config("my.py")
+    start = [*SMALL, "critic={_component_: dllm_jepa.jepa.ema_target_encoder, x: 1}"]
+    assert own.model_fields.keys() >= {"smoothing", "layers", "note", "critic"}
+    values = load_config([*start, "smoothing=1", "layers=[0, a]", "note=# a"], own)
+    assert values["note"] == "# a"
+    keys = [line.partition(" ")[0] for line in own.problems(values)]
+    assert keys == ["smoothing:", "layers:", "critic.x:", "critic.copy_backbone:"]
+
+
 def test_a_section_of_keys() -> None:
     class Inner(Section):
         depth: int = 1
@@ -104,3 +117,11 @@ def test_a_section_of_keys() -> None:
     assert Outer.check({"inner": {"depth": 2}}).inner.depth == 2
     assert Outer.problems({"inner": {"dept": 2}}) == ["inner.dept: unknown key (value 2). Did you mean depth?"]
     assert "| `inner.depth` | an integer | `1` |  |" in key_table(Outer)
+
+
+def test_a_rule_on_what_is_no_key_is_refused() -> None:
+    def on_nothing(nothing: int) -> list[str]:
+        return [str(nothing)]
+
+    with pytest.raises(TypeError, match="Own: rule on_nothing reads 'nothing', which is no key"):
+        type("Own", (Config,), {"rules": (on_nothing,)})

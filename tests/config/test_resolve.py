@@ -81,12 +81,13 @@ def test_a_recipe_is_a_name_a_file_or_a_module(installed: Path, tmp_path: Path) 
         "from dllm_jepa import config\n\nclass Config(config.Config):\n    size: int\n\n"
         "@config.parse\ndef recipe_main(cfg: Config) -> None: ...\n"
     )
-    (installed.parent / "dllm_jepa_full.py").write_text(source)
     (tmp_path / "mine.py").write_text(source)
-    for recipe in ("dllm_jepa_full", "mine.py", "mine"):
+    (tmp_path / "another.py").write_text("")
+    for recipe in ("mine.py", "mine"):
         assert list(config.recipe_config(recipe).model_fields) == ["size"]
-    with pytest.raises(LaunchError, match="dllm_jepa_lora is no recipe: it has no function recipe_main under"):
-        config.recipe_config("dllm_jepa_lora")
+    assert "jepa_every" in config.recipe_config("dllm_jepa_full").model_fields
+    with pytest.raises(LaunchError, match="another is no recipe: it has no function recipe_main under"):
+        config.recipe_config("another")
     with pytest.raises(LaunchError, match="'dllm_jepa_ful' is neither a file nor .*: dllm_jepa_full, dllm_jepa_lora"):
         config.recipe_config("dllm_jepa_ful")
     with pytest.raises(LaunchError, match="'tiny' is a config: name the recipe before it, RECIPE --config tiny"):
@@ -108,6 +109,9 @@ def test_overrides_go_by_torchtunes_rules(installed: Path, tmp_path: Path) -> No
     assert cfg == {"size": None, "part": {"_component_": "c.d", "y": 0.001}}
     cfg = load_config(["--config", "mine.yaml", "part={_component_: c.d}", "size=${mode}", "new.key=[1, 2]"])
     assert cfg == {"size": "fast", "mode": "fast", "part": {"_component_": "c.d"}, "new": {"key": [1, 2]}}
+    (tmp_path / "unset.yaml").write_text("mode: ???\npart: {_component_: a.b, x: '${mode}'}\n")
+    cfg = load_config(["--config", "unset.yaml", "part.x=1", "mode=fast"])
+    assert cfg == {"mode": "fast", "part": {"_component_": "a.b", "x": 1}}
 
 
 @pytest.mark.parametrize(

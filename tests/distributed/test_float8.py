@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dllm_jepa.jepa import EMATargetEncoder, ema_target_encoder
+from dllm_jepa.jepa import EMATargetEncoder
 from dllm_jepa.models import InitialWeights, MaskedDiffusionLM, init_rope, use_float8
 from dllm_jepa.models.dream import dream
 from dllm_jepa.packing import PackedSequences
@@ -43,7 +43,7 @@ def target_encoder(ranks: Ranks) -> EMATargetEncoder:
     shard(backbone, [*backbone.layers], ranks, torch.float32)
     materialize(backbone, None, dtype=torch.float32, device=ranks.device)
     init_rope(backbone)
-    return ema_target_encoder(backbone, ema_decay=0.9, float8=True)
+    return EMATargetEncoder(backbone, ema_decay=0.9)
 
 
 def embed(encoder: EMATargetEncoder) -> Tensor:
@@ -100,7 +100,7 @@ def test_the_embeddings_are_those_of_one_process(folders: tuple[Path, Path]) -> 
 def test_the_average_is_that_of_one_process_without_float8(folders: tuple[Path, Path]) -> None:
     weights = [found(folder)["weights"] for folder in folders]
     alone = Ranks.join("cpu")
-    online, encoder = online_model(alone), ema_target_encoder(dream(**SIZES).backbone, ema_decay=0.9)
+    online, encoder = online_model(alone), EMATargetEncoder(dream(**SIZES).backbone, ema_decay=0.9)
     encoder.copy_from(online.backbone)
     fill(online, alone, seed=1)
     encoder.update(online.backbone)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchao.float8.float8_linear import Float8Linear
 
 from dllm_jepa.errors import ConfigError
-from dllm_jepa.jepa import ema_target_encoder
+from dllm_jepa.jepa import EMATargetEncoder
 from dllm_jepa.models import MaskedDiffusionLM, load_hf, save_hf, use_float8
 from dllm_jepa.models.dream import dream
 from dllm_jepa.models.llada import llada
@@ -172,7 +172,7 @@ def test_the_export_of_a_converted_backbone_is_that_of_the_plain_one(builder: ob
     online = build(builder)
     with torch.device("meta"):
         backbone = use_float8(builder(**SIZES, max_seq_len=32).backbone, emulate=True)
-    encoder = ema_target_encoder(backbone.to_empty(device="cpu"), float8=True)
+    encoder = EMATargetEncoder(backbone.to_empty(device="cpu"), ema_decay=0.996)
     encoder.copy_from(online.backbone)
     weights = online.state_dict() | {f"backbone.{name}": weight for name, weight in encoder.tensors().items()}
     save_hf(online, tmp_path / "hf", None, torch.float32, weights=weights.items())

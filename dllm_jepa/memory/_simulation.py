@@ -1,13 +1,14 @@
-"""The peak of what comes and goes within a micro-batch, simulated.
+"""The memory of one micro-batch and of an optimizer, simulated.
 
 The real forward and backward run on fake tensors, which have shapes but no data, while the bytes of all live storages
-are added up.
+are added up; an optimizer takes real steps on small stand-ins for the parameters.
 
 Shape legend: S sequences, B rows and T tokens of a row, n masked tokens, D hidden.
 """
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,16 +21,121 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 from dllm_jepa.jepa import GlobalCounts, ViewSampler, jepa_loss, masked_token_weights, pool
-from dllm_jepa.memory._live_storages import LiveStorages
-from dllm_jepa.memory._optimizer import optimizer_step_bytes
-from dllm_jepa.memory._parts import DTYPES, build_parts
 from dllm_jepa.models import Backbone, MaskedDiffusionLM, set_packed_attention
 from dllm_jepa.packing import PackedSequences
 
-_DRAWS = 1000
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+_DRAWS = 1000  # of the view sampler
 _SAMPLE = 2**20  # elements
+# Elements of a stand-in: a multiple of every block size in use, and far above the smallest tensor that is quantized.
+_STAND_IN = 65_536
+
+
+class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the bytes of the storages that are made while it is active, from their birth to their death.
+
+    A storage that was there before counts nothing: it is first seen as an argument.
+    """
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator and enter what it made."""
+        for leaf in tree_leaves((args, kwargs)):
+            self._enter(leaf, counts=False)
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            self._enter(leaf, counts=True)
+        return out
+
+    def _enter(self, leaf: object, *, counts: bool) -> None:
+        if not isinstance(leaf, Tensor):
+            return
+        if is_traceable_wrapper_subclass(leaf):
+            for name in leaf.__tensor_flatten__()[0]:
+                self._enter(getattr(leaf, name), counts=counts)
+            return
+        storage = leaf.untyped_storage()
+        address = storage._cdata
+        if address in self._seen:
+            return
+        num_bytes = storage.nbytes() if counts else 0
+        self._seen.add(address)
+        self.live += num_bytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._leave, address, num_bytes)
+
+    def _leave(self, address: int, num_bytes: int) -> None:
+        self._seen.discard(address)
+        self.live -= num_bytes
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes of the data of a tensor; of a quantized one those of the tensors inside it. The meta device will do."""
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+def build_parts(cfg: Any) -> tuple[MaskedDiffusionLM, nn.Module | None]:
+    """The online model, and the predictor if there is one, on the meta device."""
+    with torch.device("meta"):
+        model: MaskedDiffusionLM = cfg.model.build()
+        sizes = model.sizes
+        predictor = cfg.predictor.build(sizes.embed_dim, sizes.mlp_dim) if cfg.jepa_weight > 0 else None
+    return model, predictor
+
+
+def optimizer_state_bytes(cfg: Any, sizes: list[int]) -> int:
+    """Bytes of the optimizer's state for parameters of these many elements: that of a stand-in for each size."""
+    counts = [size if size <= _STAND_IN else _STAND_IN + size % _STAND_IN for size in sizes]
+    measured = {count: _step_stand_ins(cfg, [count])[0] for count in set(counts)}
+    return sum(measured[count] * size // count for count, size in zip(counts, sizes, strict=True))
+
+
+def optimizer_step_bytes(cfg: Any, sizes: list[int]) -> int:
+    """Bytes of the temporaries of the optimizer's step.
+
+    They are those of one parameter at a time, or of all together: what a third stand-in adds tells. Not a second one: a
+    loop over parameters may hold on to what it made for the one before.
+    """
+    two, three = (_step_stand_ins(cfg, [_STAND_IN] * number)[1] for number in (2, 3))
+    together = three - two
+    return (together * sum(sizes) + (two - 2 * together) * max(sizes)) // _STAND_IN
+
+
+def _step_stand_ins(cfg: Any, counts: list[int]) -> tuple[int, int]:
+    """Bytes of the optimizer's state for stand-ins, and of the temporaries of its second step."""
+    params = [nn.Parameter(torch.zeros(count, dtype=DTYPES[cfg.dtype])) for count in counts]
+    optimizer: torch.optim.Optimizer = cfg.optimizer.build(params)
+    for group in optimizer.param_groups:
+        if cfg.device == "cuda" and group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True  # what torch takes on a GPU when nothing is said
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles for minutes
+        optimizer.step()
+        with (storages := LiveStorages()):
+            optimizer.step()
+    states = [[value for value in optimizer.state[p].values() if isinstance(value, Tensor)] for p in params]
+    state_bytes = sum(stored_bytes(value) for values in states for value in values)
+    if quantized := [value.numel() for value in states[0] if is_traceable_wrapper_subclass(value)]:
+        # Compiled, torchao's step writes to memory only its new moments, in fp32: a block has to be whole before it is
+        # quantized. So says the code that inductor generates for AdamW8bit; uncompiled it takes five times as much.
+        return state_bytes, sum(quantized) * torch.float32.itemsize
+    return state_bytes, storages.peak
 
 
 class _FusedRMSNorm(torch.autograd.Function):
