@@ -73,6 +73,12 @@ def eval_here(output_dir: Path, *overrides: str) -> dict[str, Any]:
     return json.loads((output_dir / "scores.json").read_text())
 
 
+# Recipes, and what they would import as soon as they train: every rank for itself, for longer than most runs take.
+PRELOADED = ["dllm_jepa_full", "dllm_jepa_lora", "dllm_jepa_eval", "tests.launching", "dllm_jepa.models.tiny"]
+PRELOADED += ["dllm_jepa.training._sharding", "dllm_jepa.training.checkpoint._dcp", "omegaconf", "torch._dynamo"]
+PRELOADED += ["torchao.optim", "torchao.dtypes.nf4tensor"]
+
+
 def run_on_ranks(
     num_ranks: int, runs: dict[Path, list[str]], *, recipe: str = "dllm_jepa_full", base: list[str] = SMALL
 ) -> None:
@@ -98,7 +104,7 @@ def on_ranks(num_ranks: int, function: Callable[..., None], *arguments: Any) -> 
     Raises:
         AssertionError: a rank failed or took too long.
     """
-    multiprocessing.set_forkserver_preload(["dllm_jepa_full", "dllm_jepa_lora", "dllm_jepa_eval", "tests.launching"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, f"{rank}.txt") for rank in range(num_ranks)]
         (port,) = free_ports(1)
@@ -141,6 +147,7 @@ def _rank(
     os.environ |= {name: str(value) for name, value in sizes.items()}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    torch._dynamo.config.disable = os.environ.get("TORCHDYNAMO_DISABLE") == "1"  # it is read at the import, long ago
     try:
         function(*arguments)
     except KeyboardInterrupt:

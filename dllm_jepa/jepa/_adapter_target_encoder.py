@@ -79,12 +79,8 @@ class EMAAdapterTargetEncoder:
 
     @torch.no_grad()
     def update(self, online_backbone: nn.Module) -> None:
-        """Move towards the adapters: average <- tau * average + (1 - tau) * adapter. Call after the optimizer.
-
-        Args:
-            online_backbone: not used, part of the interface of target encoders; the adapters are known.
-        """
-        del online_backbone
+        """Move towards the adapters: average <- tau * average + (1 - tau) * adapter. Call after the optimizer."""
+        del online_backbone  # part of the interface of target encoders; the adapters are known
         torch._foreach_lerp_(_local(self._averages), _local(self._adapters), 1 - self.ema_decay)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -116,19 +112,11 @@ class EMAAdapterTargetEncoder:
 def ema_adapter_target_encoder(
     model: nn.Module, copy_backbone: CopyBackbone | None = None, *, ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.996
 ) -> EMAAdapterTargetEncoder:
-    """The paper's target encoder for LoRA: the average runs over the adapters alone.
-
-    Args:
-        model: see `EMAAdapterTargetEncoder`.
-        copy_backbone: not needed: the base is shared.
-        ema_decay: tau in [0, 1).
-
-    Raises:
-        ValueError: see `EMAAdapterTargetEncoder`.
+    """The paper's target encoder for LoRA, see `EMAAdapterTargetEncoder`.
 
     Source: DLLM-JEPA, arXiv 2606.00091.
     """
-    del copy_backbone
+    del copy_backbone  # the base is shared
     return EMAAdapterTargetEncoder(model, ema_decay=ema_decay)
 
 

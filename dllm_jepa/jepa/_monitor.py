@@ -86,11 +86,7 @@ class CollapseMonitor:
         return self._monitor_every - 1 - step % self._monitor_every < self._steps_in_buffer
 
     def add(self, embeddings: Tensor) -> None:
-        """Append the embeddings of a step, in batch order.
-
-        Args:
-            embeddings: fp32 [G, D], online context embeddings of the global batch.
-        """
+        """Append the online context embeddings of a global batch, fp32 [G, D] in batch order."""
         rows = torch.cat((self._buffer, embeddings.detach()))[-len(self._buffer) :]
         self._buffer.copy_(rows)
         self._num_rows = min(self._num_rows + len(embeddings), len(self._buffer))

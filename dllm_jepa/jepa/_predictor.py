@@ -12,30 +12,19 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm, computed in fp32 with its weight, then cast back.
+    """RMSNorm over the last dimension, computed in fp32 with its weight, then cast back."""
 
-    Args:
-        dim: size of the last dimension.
-        eps: added to the mean square.
-    """
-
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.eps = eps
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize over the last dimension; shape and type of `x` are kept."""
-        return F.rms_norm(x.float(), self.scale.shape, self.scale, self.eps).to(x.dtype)
+        """Shape and type of `x` are kept."""
+        return F.rms_norm(x.float(), self.scale.shape, self.scale, 1e-6).to(x.dtype)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x).
-
-    Args:
-        dim: size of input and output.
-        hidden_dim: width between.
-    """
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -54,10 +43,6 @@ class PredictorLayer(nn.Module):
 
     Attention over one token returns that token's value whatever its query and key, so the layer has none: they would
     get gradient exactly zero.
-
-    Args:
-        embed_dim: D.
-        mlp_dim: width of the feed-forward layer.
     """
 
     def __init__(self, embed_dim: int, mlp_dim: int) -> None:
@@ -76,25 +61,14 @@ class PredictorLayer(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Layers over the pooled context embedding.
-
-    Args:
-        layers: modules from [S, D] to [S, D], applied in turn.
-    """
+    """Layers over the pooled context embedding, each from [S, D] to [S, D]."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Predict the target embeddings.
-
-        Args:
-            pooled: [S, D], pooled context embeddings.
-
-        Returns:
-            pred [S, D].
-        """
+        """From pooled context embeddings to `pred`, both [S, D]."""
         for layer in self.layers:
             pooled = layer(pooled)
         return pooled
@@ -108,9 +82,6 @@ def transformer_predictor(embed_dim: int, mlp_dim: int, *, num_layers: Annotated
         mlp_dim: width of its feed-forward layers.
         num_layers: 1 to 5.
 
-    Raises:
-        ValueError: if `num_layers` is out of range.
-
     Source: DLLM-JEPA, arXiv 2606.00091.
     """
     if not 1 <= num_layers <= 5:
@@ -119,12 +90,7 @@ def transformer_predictor(embed_dim: int, mlp_dim: int, *, num_layers: Annotated
 
 
 def mlp_predictor(embed_dim: int, mlp_dim: int) -> Predictor:
-    """Two linear layers with a GELU between them: an ablation.
-
-    Args:
-        embed_dim: hidden size of the backbone.
-        mlp_dim: width between the two.
-    """
+    """Two linear layers with a GELU between them, `mlp_dim` wide: an ablation."""
     return Predictor([nn.Linear(embed_dim, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, embed_dim)])
 
 

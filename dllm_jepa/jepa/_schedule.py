@@ -32,9 +32,6 @@ def shuffled_partners(num_sequences: int, *, seed: int, step: int) -> Tensor:
 
     Returns:
         int64 [G].
-
-    Raises:
-        ValueError: if there is no other sequence.
     """
     if num_sequences < 2:
         raise ValueError(f"shuffled targets need at least 2 sequences in the global batch, got {num_sequences}")

@@ -126,9 +126,6 @@ def ema_target_encoder(
         dtype: type of the average. bf16 takes half the memory and is rounded stochastically.
         float8: linear layers of the average compute in float8; the average itself stays in `dtype`.
 
-    Raises:
-        ValueError: see `EMATargetEncoder`.
-
     Source: DLLM-JEPA, arXiv 2606.00091.
     """
     backbone = copy_backbone(dtype, float8=True) if float8 else copy_backbone(dtype)

@@ -121,9 +121,6 @@ def fixed_ratio_views(
         exact_count: mask exactly round(t * n) of the n maskable tokens.
         nested: the target mask contains the context mask.
 
-    Raises:
-        ValueError: if a ratio is outside (0, 1) or the context's is not below the target's.
-
     Source: DLLM-JEPA, arXiv 2606.00091; (0.1, 0.9) is its "wide" setting.
     """
     for name, ratio in (("context_ratio", context_ratio), ("target_ratio", target_ratio)):
@@ -153,10 +150,6 @@ def uniform_ratio_views(
         target_gap: instead of a range: t_H = min(t_L + target_gap, 1), gap in (0, 1).
         exact_count: mask exactly round(t * n) of the n maskable tokens.
         nested: the target mask contains the context mask.
-
-    Raises:
-        ValueError: if an end is outside [0, 1], a range is empty, the target cannot lie above the context, or both
-            `target_range` and `target_gap` are given.
     """
     if target_range is not None and target_gap is not None:
         raise ValueError("target_range and target_gap exclude each other: set one of them")

@@ -25,9 +25,6 @@ class RunLock:
 
     Rank r holds byte r of the file. A new run needs all bytes for a moment, so it cannot start beside any rank of an
     old one, even if that one's rank zero has died. Record locks are used since forked children do not inherit them.
-
-    Args:
-        directory: directory to lock.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -36,13 +33,7 @@ class RunLock:
         self._made: list[Path] = []  # by `acquire`
 
     def acquire(self) -> None:
-        """Take the lock, on rank zero; makes the directory if it is missing.
-
-        A run that is about to end has 30 seconds for it.
-
-        Raises:
-            LaunchError: if another run keeps the lock, or the directory cannot be written.
-        """
+        """Take the lock, on rank zero; makes the directory if it is missing. Another run has 30 seconds to end."""
         deadline = time.monotonic() + _PATIENCE_SECONDS
         self._make_directory()
         waiting = False
@@ -62,11 +53,7 @@ class RunLock:
             time.sleep(_POLL_SECONDS)
 
     def join(self, rank: int) -> None:
-        """Take the part of another rank; after `acquire` on rank zero.
-
-        Raises:
-            LaunchError: if this rank does not see the file, or its part is taken.
-        """
+        """Take the part of another rank; after `acquire` on rank zero."""
         if rank == 0:
             return
         try:
@@ -80,10 +67,9 @@ class RunLock:
             raise LaunchError(f"rank {rank} of another run still uses {self._path.parent}; wait for it to end")
 
     def release(self, *, is_used: bool) -> None:
-        """Free the lock. The file stays: to remove it would let a third run past one that waits for it.
+        """Free the lock; if the directory is not used, remove what was made for the lock.
 
-        Args:
-            is_used: the run has written into the directory; otherwise what was made for the lock is removed.
+        Otherwise the file stays: to remove it would let a third run past one that waits for it.
         """
         if self._descriptor is None:
             return

@@ -9,12 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 
 def warmup_warning(lr_scheduler: LRScheduler | None, *, num_steps: int) -> str | None:
-    """What to say of a warm-up that is longer than the run; None if there is nothing to say.
-
-    Args:
-        lr_scheduler: the schedule; only a `LambdaLR` can be looked into.
-        num_steps: steps of the whole run.
-    """
+    """What to say of a warm-up that is longer than the run of `num_steps`, if anything; of a `LambdaLR` alone."""
     factors = lr_scheduler.lr_lambdas if isinstance(lr_scheduler, LambdaLR) else []
     if not any(all(factor(step) < factor(step + 1) for step in range(num_steps)) for factor in factors):
         return None
@@ -65,26 +60,19 @@ def cosine_with_warmup(
 class OptimizerInBackward:
     """Updates every parameter as soon as its gradient is complete, and frees the gradient.
 
-    The optimizer is stepped once per gradient. It skips parameters without a gradient, and at that moment only one has
-    any, so that one ordinary optimizer over all parameters is enough; its state, checkpoints and schedules are as
-    usual. The saving is the memory of all gradients but one, with `torch.compile` but those of one compiled region.
+    The optimizer is stepped once per gradient, and skips the parameters without one: it can be any ordinary optimizer
+    over all parameters, with its usual state, checkpoints and schedule. What is saved is the memory of all gradients
+    but one; with `torch.compile`, but those of one compiled region.
 
     What must hold:
 
-    - One backward pass per step: a second micro-batch would meet weights that the first one has changed. A second
-      gradient for a parameter before `pop_grad_norm` is refused. Reentrant activation checkpointing, which runs a
-      backward pass within another, may not be used either.
+    - One backward pass per step, not within another as in reentrant activation checkpointing: a second micro-batch
+      would meet weights that the first one has changed. A second gradient before `pop_grad_norm` is refused.
     - Nothing between backward and update: no clipping of the gradient norm, which is known only after the last
       gradient, and no gradient added afterwards, as `L2Anchor` does.
-    - One process: FSDP reduces gradients on streams of its own, and counts on them to live until the end of the
-      backward pass.
+    - One process: FSDP counts on gradients to live until the end of the backward pass.
     - The optimizer treats each parameter by itself, and counts steps per parameter, as those of torch.optim (but for
       LBFGS) and torchao.optim do.
-
-    The learning-rate schedule is stepped after the backward pass, as usual.
-
-    Args:
-        optimizer: The optimizer; its parameters that need a gradient get a hook.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -96,10 +84,7 @@ class OptimizerInBackward:
                     param.register_post_accumulate_grad_hook(self._update)
 
     def pop_grad_norm(self) -> Tensor:
-        """Return the norm over all gradients since the last call, 0-dim and fp32, and start anew.
-
-        It is that of the gradients before the update, as `torch.nn.utils.get_total_norm` would give it.
-        """
+        """The norm over all gradients since the last call, 0-dim and fp32, as `get_total_norm` would give it."""
         in_order = (param for group in self._optimizer.param_groups for param in group["params"])
         norms = [self._grad_norms[param] for param in in_order if param in self._grad_norms]
         self._grad_norms.clear()

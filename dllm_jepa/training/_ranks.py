@@ -82,7 +82,7 @@ class Ranks:
         return replace(ranks, names=tuple(ranks.gather_objects(f"{socket.gethostname()}, pid {os.getpid()}")))
 
     def with_own_group(self) -> "Ranks":
-        """The same ranks with another gloo group, for a second thread; on all ranks at once."""
+        """The same ranks with another gloo group, for a second thread."""
         return self if self.group is None else replace(self, group=dist.new_group(backend="gloo"))
 
     def autocast(self, compute_dtype: torch.dtype) -> AbstractContextManager[None]:
@@ -128,10 +128,9 @@ class Ranks:
     def gather_rows(self, rows: Tensor, positions: Tensor, num_rows: int) -> Tensor:
         """Bring rows that are spread over ranks into one order; gradients flow to the rows of this rank alone.
 
-        A loss that every rank computes from all rows alike has, on each rank, its exact gradient with respect to the
-        rows of that rank; gradients are summed over ranks, so that every weight behind the rows gets the gradient of
-        the whole loss, without communication in the backward pass. Weights that are used behind the gathering would
-        get it once for every rank. Such a loss is summed over ranks as `count_once` gives it.
+        Every rank computes the same loss of all rows, and backpropagates it to its own; the sum of gradients over ranks
+        is then that of the whole loss. Weights used behind the gathering would get their gradient once for every rank.
+        Such a loss is summed over ranks as `count_once` gives it.
 
         Args:
             rows: [n, D], rows of this rank.
@@ -178,11 +177,6 @@ class Ranks:
             raise outcome[1]
         return cast(Result, outcome[0])
 
-    def wait(self) -> None:
-        """Wait until all ranks are here."""
-        if self.mesh is not None:
-            dist.barrier()
-
     def __enter__(self) -> "Ranks":
         """Nothing to do: `join` has joined."""
         return self
@@ -190,7 +184,8 @@ class Ranks:
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         """Leave the process group; not one that fell apart, which would wait for those who are gone."""
         if not isinstance(error, RuntimeError) and not isinstance(error and error.__cause__, RuntimeError):
-            self.leave()
+            if self.mesh is not None and dist.is_initialized():
+                dist.destroy_process_group()
 
     def lost(self, error: BaseException) -> tuple[LostRankError, bool] | None:
         """What to say instead of an error that comes from another rank having ended; None if it does not.
@@ -205,11 +200,6 @@ class Ranks:
         who = "; ".join(f"rank {rank} ({self.names[rank]}) has ended" for rank in ended)
         is_first = self.rank == min(set(range(self.world_size)) - {*ended})
         return LostRankError(f"{who}: the others cannot go on without it. Its own last lines say why"), is_first
-
-    def leave(self) -> None:
-        """Leave the process group."""
-        if self.mesh is not None and dist.is_initialized():
-            dist.destroy_process_group()
 
     def _ended(self) -> list[int]:
         """The ranks whose connection is closed; one that is merely busy does not answer, but keeps it open."""
@@ -238,16 +228,9 @@ class Ranks:
 def _fresh_store(rank: int, world_size: int) -> TCPStore | None:
     """A store that only the ranks of this start write to; None if torch makes one of its own accord.
 
-    torchrun lends its own store, which lives as long as the launcher. After `--max-restarts` has started the ranks
-    again it still holds the addresses of the dead ones, and a rank that reads one before it is overwritten connects to
-    nobody. So rank zero opens a store, and the shared one says no more than its port: an old port is one that refuses.
-
-    Args:
-        rank: this rank.
-        world_size: number of ranks.
-
-    Raises:
-        DistError: if rank zero's store cannot be reached for five minutes.
+    torchrun's own store outlives a restart by `--max-restarts` and still holds the addresses of the dead ranks; who
+    reads them before they are overwritten connects to nobody. So rank zero opens a store, and the shared one says no
+    more than its port: an old port is one that refuses.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -273,8 +256,7 @@ def _fresh_store(rank: int, world_size: int) -> TCPStore | None:
 def _die_with_launcher() -> None:
     """Have the kernel end this process when its launcher ends.
 
-    torchrun starts its workers in process groups of their own, so nothing else reaches them when it is killed. They
-    would wait for each other, and hold their GPUs and the lock of the run.
+    Nothing else reaches the workers of a killed torchrun; they would wait for each other, and hold GPUs and locks.
     """
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return

@@ -119,8 +119,8 @@ class RunDirectory:
         """Compare with the steps that the run is meant to have, before anything is written.
 
         Raises:
-            ConfigError: if there are more in the checkpoint.
-            LaunchError: if a step would be done although the result is there.
+            ConfigError: if the checkpoint has more.
+            LaunchError: if a step would be done beside an export.
         """
         if self.resume_from is not None and num_steps < self.start_step:
             raise ConfigError(f"{self.resume_from.path} is past the last of {num_steps} steps: raise max_steps")
@@ -130,15 +130,8 @@ class RunDirectory:
     def open(self, config_yaml: str, changes: Sequence[str] = ()) -> None:
         """Take the directory into use, on all ranks at once: from here on it holds this run.
 
-        Damaged checkpoints are moved aside, the config is written, and metrics.jsonl is cut back to the step that the
-        run goes on from.
-
-        Args:
-            config_yaml: the resolved config.
-            changes: what is not as it was when the checkpoint was saved, to be said.
-
-        Raises:
-            LaunchError: if it cannot be written.
+        Damaged checkpoints are moved aside, the config is written, metrics.jsonl is cut back to the step that the run
+        goes on from, and `changes` since the checkpoint was saved are printed.
         """
         self._is_open = True
         try:
@@ -151,11 +144,7 @@ class RunDirectory:
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
-        """Record how the run ended, and let others in.
-
-        Raises:
-            LaunchError: in place of an error that comes from another rank having ended.
-        """
+        """Record how the run ended, and let others in."""
         lost = None if error is None else self._ranks.lost(error)
         writes = self._is_open and (self._ranks.is_rank_zero if lost is None else lost[1])
         if writes and lost is not None:
@@ -264,14 +253,7 @@ class RunDirectory:
 
 
 def saved_states(path: Path) -> list[Path]:
-    """The training states of a run, oldest first.
-
-    Args:
-        path: the output_dir of the run, the folder of its training states, or one of these.
-
-    Raises:
-        CheckpointError: if it is not a directory.
-    """
+    """The training states of a run, oldest first; `path` is its output_dir, their folder, or one of them."""
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {what}; give the output_dir of a run, or one of its training states")

@@ -7,36 +7,27 @@ status.json      how the run stands, for whoever has started it
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dllm_jepa.errors import LaunchError
 from dllm_jepa.files import free_name, write_atomically
 
 
 class MetricsFile:
-    """metrics.jsonl, and the last row written to it.
-
-    Args:
-        path: the file; it is made by the first row.
-    """
+    """metrics.jsonl, which the first row makes, and the last row written to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.last_row: dict[str, Any] = {}
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write the object of one optimizer step.
-
-        Raises:
-            LaunchError: if it cannot be written.
-        """
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise LaunchError(f"{self.path} cannot be written: {error}") from None
+        """Write the object of one optimizer step."""
+        with self._to_append() as file:
+            file.write(json.dumps(row) + "\n")
         self.last_row = row
 
     def last_step(self) -> int:
@@ -47,28 +38,25 @@ class MetricsFile:
         return max((_step_of(line) or 0 for line in lines), default=0)
 
     def sync(self) -> None:
-        """Wait until every row that was written is on the disk, so that no checkpoint is ever ahead of them.
+        """Wait until every row that was written is on the disk, so that no checkpoint is ever ahead of them."""
+        if self.last_row:
+            with self._to_append() as file:
+                os.fsync(file.fileno())
 
-        Raises:
-            LaunchError: if that fails.
-        """
-        if not self.last_row:
-            return
+    @contextmanager
+    def _to_append(self) -> Iterator[TextIO]:
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                os.fsync(file.fileno())
+                yield file
         except OSError as error:
             raise LaunchError(f"{self.path} cannot be written: {error}") from None
 
     def cut_back(self, last_step: int) -> str | None:
-        """Remove the rows of the steps that will be done again.
-
-        Args:
-            last_step: the last step to keep, counted from 1.
+        """Remove the rows after `last_step`, of the steps that will be done again.
 
         Returns:
-            None if the file was in order up to there, as it is after any crash of the run. Otherwise what is wrong
-            with it; the file is kept under another name, and every row that can be read stays.
+            What is wrong with the rows up to there: then the file is kept under another name, and every row that can
+            be read stays. None if they are in order, as after any crash of the run.
         """
         if not self.path.exists():
             return None
@@ -106,11 +94,7 @@ def _step_of(line: str) -> int | None:
 
 
 class StatusFile:
-    """status.json, which says whether a run goes on, was stopped, has failed or is finished.
-
-    Args:
-        path: the file.
-    """
+    """status.json, which says whether a run goes on, was stopped, has failed or is finished."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -156,6 +140,6 @@ def is_restart(status: dict[str, Any]) -> bool:
 
 
 def _launch() -> str | None:
-    """What tells this launch from others; None without torchrun, or if it was given no name."""
+    """The name that torchrun has given to this launch; None without it."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return None if name == "none" else name

@@ -6,7 +6,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -56,56 +55,22 @@ def build_metric_logger(build: Callable[[], MetricLogger] | None, ranks: Ranks) 
 
 
 def build_profiler(build: Callable[[], Any] | None) -> Profiler | None:
-    """The profiler of the config; it is started, told of every step, and stopped however the run ends.
-
-    Args:
-        build: returns a profiler, or as torchtune's `setup_torch_profiler` one and its settings; None for none.
-    """
+    """The profiler of the config; torchtune's `setup_torch_profiler` returns it with its settings."""
     built = None if build is None else build()
     profiler: Profiler | None = built[0] if isinstance(built, tuple) else built
     return profiler
 
 
-def check_finite(
-    step: int, values: Mapping[str, float], *, samples: Callable[[int], Sequence[int]], checkpoints: Path
-) -> None:
-    """Refuse to go on with a broken number; call before anything is saved.
-
-    Args:
-        step: step number from 0.
-        values: numbers of the global batch, by name, the same on every rank.
-        samples: gives the dataset indices of a step; called only when they are named.
-        checkpoints: where the training states of the run stand.
-
-    Raises:
-        TrainingError: if a value is not finite; it names the step, the batch and the last training state.
-    """
-    if all(map(math.isfinite, values.values())):
-        return
-    saved, batch = list_checkpoints(checkpoints), samples(step)
-    named = ", ".join(map(str, batch[:_MAX_NAMED])) + (", ..." if len(batch) > _MAX_NAMED else "")
-    numbers = ", ".join(f"{name} {value}" for name, value in values.items())
-    raise TrainingError(
-        f"step {step + 1}: {numbers}; stopped, and nothing from this step on is saved. Dataset indices of its batch: "
-        f"[{named}]. Last good checkpoint: {saved[-1] if saved else 'none'}. Look at these sequences, or try a "
-        "lower rate"
-    )
-
-
 class StepClock:
     """A stop watch whose laps are booked by name.
 
-    On a GPU a lap ends when the work handed to the GPU before has ended: laps are events on its stream, which are read
-    later, so that no lap waits for it.
-
-    Args:
-        device: device of the work.
+    On a GPU a lap ends with the work that was handed to it before; it is an event on its stream, which is read later.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._last = self._now()
-        self._laps: list[tuple[str, float | torch.cuda.Event]] = []
+        self._laps: list[tuple[str, Any]] = []
 
     def start(self) -> None:
         """Begin the first lap."""
@@ -119,30 +84,26 @@ class StepClock:
         """Seconds under every name since the last call; on a GPU it waits for the last lap to end."""
         seconds: dict[str, float] = defaultdict(float)
         for name, end in self._laps:
-            seconds[name] += self._between(self._last, end)
+            if self._on_gpu:
+                end.synchronize()
+                seconds[name] += self._last.elapsed_time(end) / 1000  # milliseconds
+            else:
+                seconds[name] += end - self._last
             self._last = end
         self._laps.clear()
         return dict(seconds)
 
-    def _now(self) -> "float | torch.cuda.Event":
+    def _now(self) -> Any:
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
-    @staticmethod
-    def _between(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
-        if isinstance(start, float) or isinstance(end, float):
-            assert isinstance(start, float) and isinstance(end, float), "both come from the same clock"
-            return end - start
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1000  # milliseconds
-
 
 @dataclass(frozen=True)
 class _Step:
-    """A step that is not reported yet: its numbers, and those that are still on the device."""
+    """A step that is not reported yet; `values` are still on the device."""
 
     number: int
     row: dict[str, Any]
@@ -296,33 +257,28 @@ class RunLog:
         return rows
 
     def sync(self) -> None:
-        """`flush`, and wait until all of it is on the disk; before a training state is saved.
-
-        Raises:
-            TrainingError: see `flush`.
-            LaunchError: if it cannot be written.
-        """
+        """`flush`, and wait until all of it is on the disk; before a training state is saved."""
         self.flush()
         self._run.metrics.sync()
 
     def check(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Look at a step that is not written yet, before something is made of its numbers that broken ones would break.
-
-        Args:
-            step: step number from 0.
-            values: as of `write`.
-
-        Raises:
-            TrainingError: see `flush`.
-        """
+        """Read loss and gradient norm of a step before it is written; arguments and errors are those of `write`."""
         numbers = {name: float(values[name]) for name in ("loss", "grad_norm")}
         if not all(map(math.isfinite, numbers.values())):
             self.flush()  # a step before may be the first broken one
             self._check(step, numbers)
 
     def _check(self, step: int, values: Mapping[str, float]) -> None:
-        guarded = {"loss": values["loss"], "gradient norm": values["grad_norm"]}
-        check_finite(step, guarded, samples=self._samples, checkpoints=self._run.checkpoints)
+        loss, grad_norm = values["loss"], values["grad_norm"]
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        saved, batch = list_checkpoints(self._run.checkpoints), self._samples(step)
+        named = ", ".join(map(str, batch[:_MAX_NAMED])) + (", ..." if len(batch) > _MAX_NAMED else "")
+        raise TrainingError(
+            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped, and nothing from this step on is saved."
+            f" Dataset indices of its batch: [{named}]. Last good checkpoint: {saved[-1] if saved else 'none'}. Look "
+            "at these sequences, or try a lower rate"
+        )
 
     def _times(self, steps: Sequence[_Step]) -> dict[str, float]:
         """Speed and memory since the last logging step; the same for every step since then."""

@@ -42,10 +42,6 @@ def shard(
             its backward; every forward with gradient has to use it.
 
     What is called on a unit besides `forward` and uses its weights is listed in its attribute `forward_methods`.
-
-    Raises:
-        LaunchError: if a quantized weight cannot be divided by the number of ranks.
-        ValueError: if `kept` is neither the last unit nor the module.
     """
     units = [*units]
     if kept not in (None, module, *units[-1:]):
@@ -121,8 +117,7 @@ def materialize(
 
 def full_tensors(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Weights, gathered one at a time; every rank has to iterate to the end."""
-    for name, weight in weights.items():
-        yield name, full_tensor(weight)
+    return ((name, full_tensor(weight)) for name, weight in weights.items())
 
 
 def full_tensor(value: Tensor) -> Tensor:

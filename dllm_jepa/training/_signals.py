@@ -17,12 +17,7 @@ _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop.
-
-    Args:
-        reason: the signal, such as SIGTERM.
-        exit_code: `STOPPED_EXIT_CODE` if its state is saved.
-    """
+    """The run was asked to stop by the signal named `reason`."""
 
     def __init__(self, reason: str, exit_code: int = STOPPED_EXIT_CODE) -> None:
         super().__init__(exit_code)

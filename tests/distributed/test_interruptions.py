@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dllm_jepa.training import SavedCheckpoint
 from tests.launching import (
     ROOT,
     SMALL,
@@ -27,8 +28,9 @@ from tests.launching import (
 
 STEPS = 24
 # At a small rate rounding does not grow much over the steps that runs on other numbers of ranks are compared over.
-RUN = (f"max_steps={STEPS}", "checkpoint.every_n_steps=4", "optimizer.lr=1e-4")
+RUN = (f"lr_scheduler.num_training_steps={STEPS}", "checkpoint.every_n_steps=4", "optimizer.lr=1e-4")
 KEPT = (*RUN, "checkpoint.keep_last=null")
+LONG, SHORT = f"max_steps={STEPS}", "max_steps=12"
 EIGHT_BIT = ("max_steps=4", "checkpoint.every_n_steps=2", "checkpoint.keep_last=null", "lr_scheduler=null")
 EIGHT_BIT += ("optimizer={_component_: torchao.optim.AdamW8bit, lr: 1e-3}",)
 SAME_EVERYWHERE = ("step", "epoch", "lr", "tokens", "masked_tokens", "sequences")
@@ -94,58 +96,57 @@ def processes_of(output_dir: Path) -> list[int]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("runs")
-    run_here(directory / "one", *KEPT)
-    run_on_ranks(
-        2,
-        {
-            directory / "two": list(KEPT),
-            directory / "asynchronous": [*KEPT, "checkpoint.async_save=true"],
-            directory / "eight_bit": [*EIGHT_BIT],
-            directory / "eight_bit_half": [*EIGHT_BIT, "max_steps=2"],
-        },
-    )
-    for name, saved in (("two_to_one", "two"), ("one_to_two", "one")):
-        copy_up_to(directory / saved, directory / name, step=4)
-    run_here(directory / "two_to_one", *KEPT, "resume=auto")
-    run_on_ranks(
-        2,
-        {
-            directory / "one_to_two": [*KEPT, "resume=auto"],
-            directory / "eight_bit_half": [*EIGHT_BIT, "resume=auto"],
-        },
-    )
+    run_here(directory / "one", *KEPT, SHORT)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TORCHDYNAMO_DISABLE", "1")  # torchao would compile its step of 8 bits for half a minute
+        run_on_ranks(
+            2,
+            {
+                directory / "two": [*KEPT, LONG],
+                directory / "asynchronous": [*KEPT, SHORT, "checkpoint.async_save=true"],
+                directory / "eight_bit": [*EIGHT_BIT],
+                directory / "eight_bit_half": [*EIGHT_BIT, "max_steps=2"],
+            },
+        )
+        for name, saved in (("two_to_one", "two"), ("one_to_two", "one")):
+            copy_up_to(directory / saved, directory / name, step=4)
+        run_on_ranks(
+            2,
+            {
+                directory / "one_to_two": [*KEPT, SHORT, "resume=auto"],
+                directory / "eight_bit_half": [*EIGHT_BIT, "resume=auto"],
+            },
+        )
+    run_here(directory / "two_to_one", *KEPT, SHORT, "resume=auto")
     return directory
 
 
-def assert_same_as_uninterrupted(run: Path, reference: Path) -> None:
-    assert [row["step"] for row in metrics(run)] == list(range(1, STEPS + 1))
-    assert without_time(metrics(run)) == without_time(metrics(reference))
-    assert_same_state(run, reference, STEPS)
-    assert status(run)["state"] == "finished"
-
-
 @pytest.mark.slow
-def test_sigterm_to_the_launcher(tmp_path: Path, runs: Path) -> None:
+def test_stopped_and_killed_in_every_way_it_is_the_same_run(tmp_path: Path, runs: Path) -> None:
     run = tmp_path / "run"
-    launched = Launched(run, *RUN)
-    launched.wait_for_step(6)
+    launched = Launched(run, *RUN, LONG)
+    launched.wait_for_step(2)
     launched.process.send_signal(signal.SIGTERM)
     assert launched.end() == 1
     step = steps_done(run)
     assert (status(run)["state"], status(run)["reason"], status(run)["step"]) == ("stopped", "SIGTERM", step)
     assert status(run)["checkpoint"] == str(run / f"checkpoints/step_{step:08d}")
-    run_on_ranks(2, {run: [*RUN, "resume=auto"]})
-    assert_same_as_uninterrupted(run, runs / "two")
 
+    # A rank is killed: the other one says which, and torchrun starts both again.
+    launched = Launched(run, *RUN, LONG, "resume=auto", options=("--max-restarts=2",))
+    for victim in (0, 1):
+        launched.wait_for_step(step + 2)
+        ranks = launched.ranks()
+        assert len(ranks) == 2
+        os.kill(ranks[victim], signal.SIGKILL)
+        said = f"pid {ranks[victim]}) has ended: the others cannot go on without it"
+        launched.wait_for(lambda said=said: said in launched.output(), seconds=30)
+        assert f"rank {victim} (" in launched.output()
+        launched.wait_for(lambda ranks=ranks: not {*ranks} & {*launched.ranks()})
+        step = steps_done(run)
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_launcher_leaves_nothing_behind_and_a_killed_rank_is_restarted(
-    tmp_path: Path, runs: Path, victim: int
-) -> None:
-    run = tmp_path / "run"
-    launched = Launched(run, *RUN)
-    launched.wait_for_step(6)
+    # The launcher is killed: nothing is left behind.
+    launched.wait_for_step(step + 2)
     assert len(launched.ranks()) == 2
     launched.process.kill()
     deadline = time.monotonic() + 10
@@ -154,32 +155,26 @@ def test_a_killed_launcher_leaves_nothing_behind_and_a_killed_rank_is_restarted(
     assert processes_of(run) == []
     assert launched.end() == -signal.SIGKILL
 
-    # Now a rank: the other one says which, and torchrun starts both again.
-    launched = Launched(run, *RUN, "resume=auto", options=("--max-restarts=1",))
-    launched.wait_for_step(12)
-    pid = launched.ranks()[victim]
-    os.kill(pid, signal.SIGKILL)
-    launched.wait_for(lambda: "has ended" in launched.output(), seconds=30)
-    assert f"rank {victim} (" in launched.output()
-    assert f"pid {pid}) has ended: the others cannot go on without it" in launched.output()
-    output = launched.log.name
-    assert launched.end() == 0, Path(output).read_text()
-    assert_same_as_uninterrupted(run, runs / "two")
+    run_on_ranks(2, {run: [*RUN, LONG, "resume=auto"]})
+    assert [row["step"] for row in metrics(run)] == list(range(1, STEPS + 1))
+    assert without_time(metrics(run)) == without_time(metrics(runs / "two"))
+    assert_same_state(run, runs / "two", STEPS)
+    assert status(run)["state"] == "finished"
 
 
 def test_asynchronous_saves_of_two_ranks_are_the_same_states(runs: Path) -> None:
-    assert without_time(metrics(runs / "asynchronous")) == without_time(metrics(runs / "two"))
-    for step in range(4, STEPS + 1, 4):
+    assert without_time(metrics(runs / "asynchronous")) == without_time(metrics(runs / "two"))[:12]
+    for step in (4, 8, 12):
         assert_same_state(runs / "asynchronous", runs / "two", step)
 
 
 @pytest.mark.parametrize(("run", "reference"), [("two_to_one", "two"), ("one_to_two", "one")])
 def test_another_number_of_ranks_goes_on_with_the_same_run(runs: Path, run: str, reference: str) -> None:
-    rows, expected = metrics(runs / run), metrics(runs / reference)
-    assert len(rows) == len(expected) == STEPS
+    rows, expected = metrics(runs / run), metrics(runs / reference)[:12]
+    assert [row["step"] for row in rows] == [*range(1, 13)]
     for row, other in zip(rows, expected, strict=True):
         assert {key: row[key] for key in SAME_EVERYWHERE} == {key: other[key] for key in SAME_EVERYWHERE}
-    for row, other in zip(rows[4:14], expected[4:14], strict=True):
+    for row, other in zip(rows[4:], expected[4:], strict=True):
         for key in ("loss", "diffusion_loss", "jepa_loss", "grad_norm"):
             assert row[key] == pytest.approx(other[key], rel=1e-5, abs=0), (row["step"], key)
 
@@ -187,4 +182,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_run(runs: Path, run: str,
 def test_quantized_optimizer_states_go_on_bit_for_bit(runs: Path) -> None:
     """torchao AdamW8bit on sharded fp32 weights."""
     assert without_time(metrics(runs / "eight_bit_half")) == without_time(metrics(runs / "eight_bit"))
-    assert_same_state(runs / "eight_bit_half", runs / "eight_bit", 4)
+    saved = (runs / name / "checkpoints/step_00000004" for name in ("eight_bit_half", "eight_bit"))
+    half, whole = (SavedCheckpoint(path).files for path in saved)
+    written = [name for name in whole if name.endswith(".distcp")]  # to read them as tensors takes torchao
+    assert len(written) == 2 and [half[name] for name in written] == [whole[name] for name in written]

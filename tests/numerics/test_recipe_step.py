@@ -1,6 +1,6 @@
 """One step of the recipe, in this process: against plain loops in double precision, and what it must never hold."""
 
-import importlib.util
+import importlib
 import json
 import math
 import threading
@@ -16,9 +16,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torchtune.config import instantiate
 
-from dllm_jepa.config import TRAINING, find_recipes, load_config, with_defaults
+from dllm_jepa.config import load_config, recipe_config
 from dllm_jepa.jepa import LossWeight, shuffled_partners
 from dllm_jepa.models._layers import BidirectionalAttention
 from dllm_jepa.packing import PackedSequences
@@ -62,14 +61,10 @@ def build_recipe(output_dir: Path, cfg_parts: dict[str, Any] | None = None, **ov
     cfg: DictConfig = load_config(["--config", "tiny", *(f"{key}={value}" for key, value in settings.items())])
     for key, section in ({"dataset": DATASET} | (cfg_parts or {})).items():
         cfg[key] = section
-    path = find_recipes()["dllm_jepa_full"]
-    spec = importlib.util.spec_from_file_location("recipe_under_test", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     ranks = Ranks.join("cpu")
     run = RunDirectory(output_dir, "never", ranks)
-    recipe = module.DLLMJEPAFullRecipe(with_defaults(cfg, TRAINING), ranks, run, StopSignals(ranks))
+    checked = recipe_config("dllm_jepa_full").check(cfg)
+    recipe = importlib.import_module("dllm_jepa_full").DLLMJEPARecipe(checked, ranks, run, StopSignals(ranks))
     recipe.setup()
     return recipe
 
@@ -77,14 +72,13 @@ def build_recipe(output_dir: Path, cfg_parts: dict[str, Any] | None = None, **ov
 def sequences_of_step(recipe: Any, step: int) -> list[Sequence]:
     """The sequences of the global batch in batch order, drawn here and not by the recipe."""
     cfg = recipe.cfg
-    dataset = instantiate(
-        cfg.dataset,
-        recipe.tokenizer,
+    dataset = cfg.dataset.build(
+        tokenizer=recipe.tokenizer,
         max_seq_len=cfg.max_seq_len,
         shift_logits=recipe.model.shift_logits,
         progress=False,
     )
-    sampler, drawn = instantiate(cfg.view_sampler), []
+    sampler, drawn = cfg.view_sampler.build(), []
     for index in recipe.batches.samples(step):
         tokens, maskable = dataset[index]
         clean = tokens.astype(np.int64)

@@ -17,7 +17,7 @@ from tests.launching import SMALL, SMALL_LORA, run_here
 
 # Recompilations of a run: each piece of a layer once for each of two grad modes, or once for single rows.
 FEWER_THAN = 5
-LENGTHS = [[5, 7], [3, 4, 9], [8, 8], [8, 8, 8], [2, 2], [30, 1, 1, 5], [17, 17], [6, 3, 2, 1], [12, 13, 14, 15]]
+LENGTHS = [[5, 7], [3, 4, 9], [8, 8], [2, 2], [30, 1, 1, 5], [12, 13, 14, 15]]
 
 
 @pytest.fixture
@@ -41,8 +41,6 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[int, int
     ("recipe", "base", "packed"),
     [
         ("dllm_jepa_full", SMALL, True),
-        ("dllm_jepa_full", SMALL, False),
-        ("dllm_jepa_lora", SMALL_LORA, True),
         ("dllm_jepa_lora", SMALL_LORA, False),
     ],
 )
@@ -76,8 +74,10 @@ def compiled_backbone(*, checkpointing: bool, device: str) -> Module:
     return backbone
 
 
-@pytest.mark.parametrize("rows", ["packed", "varlen", "padded"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    ("rows", "checkpointing"),
+    [("packed", False), ("packed", True), ("varlen", False), ("varlen", True), ("padded", True)],
+)
 def test_hardly_a_recompilation(
     compilations: Callable[[], tuple[int, int]], monkeypatch: pytest.MonkeyPatch, rows: str, checkpointing: bool
 ) -> None:

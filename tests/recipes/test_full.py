@@ -193,9 +193,10 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("family", [(), DREAM], ids=["llada", "dream"])
-@pytest.mark.parametrize("task", sorted(ROWS))
-def test_every_task_trains_on_both_families(tmp_path: Path, task: str, family: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("task", "family"), [("gsm8k", ()), ("gsm8k", DREAM), ("nlrx", ()), ("spider", DREAM), ("django", ())]
+)
+def test_every_task_trains(tmp_path: Path, task: str, family: tuple[str, ...]) -> None:
     rows = [{key: text.format(n=n) for key, text in ROWS[task].items()} for n in range(24)]
     source = jsonl(tmp_path / "train.jsonl", rows)
     dataset = f"{{_component_: dllm_jepa.data.{task}, source: {source}, template: chat}}"

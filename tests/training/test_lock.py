@@ -2,8 +2,8 @@
 
 import os
 import shutil
+import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,28 +14,28 @@ from dllm_jepa.errors import LaunchError
 from dllm_jepa.training import Ranks, _lock, locked
 from dllm_jepa.training._lock import LOCK_NAME, RunLock
 
-ROOT = Path(__file__).parents[2]
-
 
 class OtherProcess:
-    """A rank of another run: takes its part of the lock, and ends when it is told to."""
+    """A rank of another run, forked: takes its part of the lock and holds it until it is killed."""
 
     def __init__(self, directory: Path, *, rank: int) -> None:
-        code = (
-            "import sys; from pathlib import Path; from dllm_jepa.training._lock import RunLock\n"
-            f"lock = RunLock(Path({str(directory)!r}))\n"
-            f"lock.acquire() if {rank} == 0 else lock.join({rank})\n"
-            "print('held', flush=True); sys.stdin.readline()"
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline().endswith("held\n")
+        reading, writing = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                lock = RunLock(directory)
+                lock.acquire() if rank == 0 else lock.join(rank)
+                os.write(writing, b"held")
+                time.sleep(60)
+            finally:
+                os._exit(1)
+        os.close(writing)
+        assert os.read(reading, 4) == b"held"
+        os.close(reading)
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_second_run_is_refused_by_name_of_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = OtherProcess(tmp_path, rank=0)
     start = time.monotonic()
-    with pytest.raises(LaunchError, match=rf"in use by another run \(.*pid {other.process.pid}, since 20.*\); choose"):
+    with pytest.raises(LaunchError, match=rf"in use by another run \(.*pid {other.pid}, since 20.*\); choose"):
         RunLock(tmp_path).acquire()
     assert time.monotonic() - start >= 0.5
     assert capsys.readouterr().err.count("waiting up to") == 1
@@ -57,8 +57,7 @@ def test_a_second_run_is_refused_by_name_of_the_first(tmp_path: Path, capsys: py
 
 def test_a_run_that_ends_in_time_is_waited_for(tmp_path: Path) -> None:
     other = OtherProcess(tmp_path, rank=0)
-    assert other.process.stdin is not None
-    subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {other.process.pid}"])
+    subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {other.pid}"])
     lock = RunLock(tmp_path)
     lock.acquire()
     other.kill()
@@ -93,17 +92,19 @@ def test_ranks_of_one_run_hold_it_together(tmp_path: Path) -> None:
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     """Workers of a dataset, say, that outlive a killed rank."""
-    code = (
-        "import os, time; from pathlib import Path; from dllm_jepa.training._lock import RunLock\n"
-        f"RunLock(Path({str(tmp_path)!r})).acquire()\n"
-        "child = os.fork()\n"
-        "if child == 0: time.sleep(30)\n"
-        "print(child, flush=True); os._exit(0)"
-    )
-    done = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert done.stdout is not None
-    child = int(done.stdout.readline())
-    done.wait()
+    reading, writing = os.pipe()
+    run = os.fork()
+    if run == 0:
+        try:
+            RunLock(tmp_path).acquire()
+            if (child := os.fork()) == 0:
+                time.sleep(60)
+            os.write(writing, str(child).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    child = int(os.read(reading, 20))
+    os.waitpid(run, 0)
     try:
         RunLock(tmp_path).acquire()
         os.kill(child, 0)  # it is still there

@@ -39,8 +39,3 @@ def test_rows_are_put_in_order(ranks: Ranks) -> None:
     assert gathered.tolist() == [[2, 3], [4, 5], [0, 0], [0, 1], [0, 0]]
     assert gathered.dtype == rows.dtype
     assert ranks.gather_rows(rows[:0], torch.zeros(0, dtype=torch.int64), 2).tolist() == [[0, 0], [0, 0]]
-
-
-def test_waiting_and_leaving_need_no_process_group(ranks: Ranks) -> None:
-    ranks.wait()
-    ranks.leave()

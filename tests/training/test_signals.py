@@ -2,18 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from dllm_jepa.training import STOPPED_EXIT_CODE, Ranks, Stopped, StopSignals
 from tests.launching import on_ranks
 from tests.training.small_checkpoints import ONE_PROCESS
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
@@ -35,22 +30,24 @@ def test_stopping_is_an_exit_with_a_code_of_its_own() -> None:
 
 
 def test_a_second_sigint_ends_the_process_at_once() -> None:
-    code = (
-        "import time; from dllm_jepa.training import StopSignals, Ranks\n"
-        "with StopSignals(Ranks.join('cpu')) as signals:\n"
-        "    signals.defer()\n"
-        "    print('ready', flush=True)\n"
-        "    time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert process.stdout is not None
-    while process.stdout.readline() != "ready\n":
-        pass
-    process.send_signal(signal.SIGINT)
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with StopSignals(Ranks.join("cpu")) as signals:
+                signals.defer()
+                os.write(writing, b"ready")
+                deadline = time.monotonic() + 60
+                while time.monotonic() < deadline:
+                    time.sleep(0.01)
+        finally:
+            os._exit(0)
+    assert os.read(reading, 5) == b"ready"
+    os.kill(pid, signal.SIGINT)
     time.sleep(0.5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait(10) == -signal.SIGINT
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+    os.kill(pid, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGINT
 
 
 def test_before_the_first_step_ctrl_c_ends_the_run(capfd: pytest.CaptureFixture[str]) -> None:
@@ -82,4 +79,4 @@ def test_before_the_first_step_ctrl_c_ends_ranks_that_wait() -> None:
     assert "signal SIGINT" in str(failure.value) or "exit code 130" in str(failure.value)
     assert str(failure.value).count("SIGINT: stopped before the first step") == 1
     assert "Traceback" not in str(failure.value)
-    assert time.monotonic() - start < 25
+    assert time.monotonic() - start < 100  # not the minutes after which they would give up, but with their imports

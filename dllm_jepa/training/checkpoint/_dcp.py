@@ -32,22 +32,14 @@ from dllm_jepa.training.checkpoint._manifest import METADATA_NAME, FileRecord
 def write_tensors(
     directory: Path, tensors: dict[str, Tensor], files: "HashingFileSystem", group: ProcessGroup | None
 ) -> None:
-    """Write this rank's part of the tensors; on all ranks at once.
-
-    Raises:
-        CheckpointException: on every rank, if one cannot write.
-    """
+    """Write this rank's part of the tensors; a CheckpointException, on every rank, if one of them cannot."""
     writer = FileSystemWriter(directory)
     writer.fs = files
     save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
 
 
 def read_tensors(path: Path, metadata: Metadata, tensors: dict[str, Tensor], group: ProcessGroup | None) -> None:
-    """Fill existing tensors in place; on all ranks of `group` at once.
-
-    Raises:
-        CheckpointError: on every rank, if one cannot read.
-    """
+    """Fill existing tensors in place; a CheckpointError, on every rank of the group, if one of them cannot."""
     try:
         load(tensors, storage_reader=_Reader(path, metadata), process_group=group, no_dist=group is None)
     except CheckpointException as error:
@@ -57,12 +49,7 @@ def read_tensors(path: Path, metadata: Metadata, tensors: dict[str, Tensor], gro
 def read_metadata(directory: Path, files: Collection[str]) -> Metadata:
     """Read which tensors are where, without executing anything.
 
-    Args:
-        directory: the checkpoint.
-        files: the files that its manifest lists.
-
-    Raises:
-        CheckpointError: if it holds what DCP would follow out of the directory, or unpickle.
+    Refused is what DCP would unpickle, or follow out of the `files` of the manifest.
     """
     path = directory / METADATA_NAME
     try:

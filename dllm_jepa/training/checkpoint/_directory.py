@@ -9,10 +9,11 @@ latest                     symbolic link to the newest complete one
 And which of them a run goes on from.
 """
 
+import functools
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,25 +45,14 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted((path for path in directory.glob("step_*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
-def kept_steps(steps: Iterable[int], *, keep_last: int | None, keep_every: int | None) -> set[int]:
-    """Which checkpoints stay.
-
-    Args:
-        steps: their steps.
-        keep_last: so many of the newest stay; None keeps all.
-        keep_every: besides, every one whose step is a multiple of this; None adds none.
-    """
-    steps = sorted(steps)
-    newest = steps if keep_last is None else steps[-keep_last:]
-    return {*newest, *(step for step in steps if keep_every is not None and step % keep_every == 0)}
-
-
 def remove_old_checkpoints(directory: Path, *, keep_last: int | None, keep_every: int | None) -> None:
-    """Remove the checkpoints that do not stay. None is ever half removed under its own name."""
-    checkpoints = {step_of(path): path for path in list_checkpoints(directory)}
-    kept = kept_steps(checkpoints, keep_last=keep_last, keep_every=keep_every)
-    for step in checkpoints.keys() - kept:
-        checkpoints[step].rename(free_name(checkpoints[step], _REMOVED))
+    """Remove all but the newest `keep_last` (None: all) and those whose step is a multiple of `keep_every`.
+
+    None is ever half removed under its own name.
+    """
+    for checkpoint in [] if keep_last is None else list_checkpoints(directory)[:-keep_last]:
+        if keep_every is None or step_of(checkpoint) % keep_every:
+            checkpoint.rename(free_name(checkpoint, _REMOVED))
     for removed in directory.glob(f"step_*{_REMOVED}*"):
         # A network file system may hold on to a file for a while; the next call tries again.
         shutil.rmtree(removed, ignore_errors=True)
@@ -98,12 +88,7 @@ def move_aside(checkpoint: Path) -> Path:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts.
-
-    Args:
-        checkpoint: verified checkpoint to go on from; None for step 0.
-        damaged: newer checkpoints that were passed over, each with what is wrong with it.
-    """
+    """Where a run starts: at a verified checkpoint or at step 0, and past which newer ones, damaged as they say."""
 
     checkpoint: SavedCheckpoint | None = None
     damaged: Mapping[Path, str] = field(default_factory=dict)
@@ -136,7 +121,7 @@ def _newest_intact(directory: Path, ranks: Ranks) -> Start:
     damaged: dict[Path, str] = {}
     for path in ranks.on_rank_zero(lambda: list_checkpoints(directory))[::-1]:
         try:
-            checkpoint = _opened(path, ranks)
+            checkpoint = ranks.on_rank_zero(functools.partial(SavedCheckpoint, path))
             checkpoint.verify(ranks)
         except (NewerFormatError, UnreadableError):
             raise
@@ -151,10 +136,6 @@ def _newest_intact(directory: Path, ranks: Ranks) -> Start:
             f"from step 0:\n  {reasons}"
         )
     return Start()
-
-
-def _opened(path: Path, ranks: Ranks) -> SavedCheckpoint:
-    return ranks.on_rank_zero(lambda: SavedCheckpoint(path))
 
 
 def _named(path: Path, directory: Path) -> SavedCheckpoint:

@@ -28,14 +28,9 @@ class UnreadableError(CheckpointError):
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must be.
+    """What a file must be."""
 
-    Args:
-        size: bytes.
-        sha256: checksum, in hexadecimal.
-    """
-
-    size: int
+    size: int  # bytes
     sha256: str
 
 
@@ -53,12 +48,7 @@ def write_manifest(directory: Path, records: Mapping[str, FileRecord]) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, FileRecord]:
-    """Read and check the manifest itself.
-
-    Raises:
-        NewerFormatError: if it is of a later format.
-        CheckpointError: if it is missing or not, to the byte, what `write_manifest` wrote.
-    """
+    """Read the manifest, which must be to the byte what `write_manifest` wrote."""
     path = directory / MANIFEST_NAME
     try:
         text = path.read_bytes().decode("utf-8")
@@ -91,11 +81,7 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
 
 
 def damage_of(directory: Path, name: str, expected: FileRecord) -> str | None:
-    """What is wrong with a file of a checkpoint; None if nothing is.
-
-    Raises:
-        OSError: if it is there but cannot be read.
-    """
+    """What is wrong with a file of a checkpoint, if anything; an OSError if it is there but cannot be read."""
     path = directory / name
     try:
         size = path.stat().st_size

@@ -19,15 +19,7 @@ def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of an optimizer's state, live: to be saved, or loaded in place.
-
-    Args:
-        optimizer: an optimizer over the parameters of `module`.
-        module: gives the names.
-
-    Returns:
-        `{parameter name}.{state name}` to tensor; nothing for a parameter that the optimizer has not met yet.
-    """
+    """The tensors of an optimizer's state, live, by `{parameter name}.{state name}`; the module gives the names."""
     return {name: value for name, value in _states(optimizer, module) if isinstance(value, Tensor)}
 
 
@@ -60,12 +52,7 @@ def optimizer_numbers(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]
 def restore_optimizer(optimizer: Optimizer, module: nn.Module, saved: Mapping[str, Any]) -> None:
     """Bring a fresh optimizer into the shape of a saved one; its tensors are then to be loaded in place.
 
-    Options such as rates stay those that the optimizer was built with.
-
-    Args:
-        optimizer: a new optimizer over the parameters of `module`.
-        module: gives the names. Its parameters may change: load them afterwards.
-        saved: `optimizer_numbers` of the saved run.
+    Options such as rates stay those that the optimizer was built with. The parameters may change: load them afterwards.
     """
     _create_state(optimizer)
     for name, param in trained_tensors(module).items():
@@ -91,11 +78,7 @@ def replay_schedule(scheduler: LRScheduler, steps: int) -> None:
 
 
 def check_rates(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Compare the present rates with the saved ones.
-
-    Raises:
-        CheckpointError: if they differ.
-    """
+    """Refuse rates that are not the saved ones."""
     rates = [_plain(group["lr"]) for group in optimizer.param_groups]
     expected = [group["lr"] for group in saved["groups"]]
     if rates != expected:

@@ -30,9 +30,6 @@ _NUM_NAMED_TENSORS = 20
 class SavedCheckpoint:
     """A complete checkpoint on disk, with a manifest that is in order. Its files are checked by `verify`.
 
-    Args:
-        path: its directory.
-
     Raises:
         NewerFormatError: if only a later version can read it.
         CheckpointError: if it is not there, or not a checkpoint.
@@ -76,11 +73,7 @@ class SavedCheckpoint:
 
     @functools.cached_property
     def state(self) -> dict[str, Any]:
-        """Everything that is not a tensor.
-
-        Raises:
-            CheckpointError: if it cannot be read or has no step.
-        """
+        """Everything that is not a tensor."""
         try:
             state = json.loads((self.path / STATE_NAME).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -101,11 +94,7 @@ class SavedCheckpoint:
 
     @functools.cached_property
     def tensors(self) -> "dict[str, TensorStorageMetadata]":
-        """Shape and type of every tensor, by name.
-
-        Raises:
-            CheckpointError: if the metadata are not those of a checkpoint that holds tensors alone.
-        """
+        """Shape and type of every tensor, by name."""
         return cast("dict[str, TensorStorageMetadata]", self._metadata.state_dict_metadata)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -115,26 +104,14 @@ class SavedCheckpoint:
         return tensor
 
     def check_shapes(self, tensors: Mapping[str, Tensor], *, part: str = "") -> None:
-        """Compare with tensors that are to be filled, on whatever device.
-
-        Args:
-            tensors: by the names that they were saved under.
-            part: compare only the names that begin like this.
-
-        Raises:
-            CheckpointError: listing the names and shapes that differ.
-        """
+        """Compare with the names and shapes of tensors that are to be filled; only of names that begin with `part`."""
         found = {name: tuple(entry.size) for name, entry in self.tensors.items() if name.startswith(part)}
         wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != wanted:
             raise CheckpointError(f"checkpoint {self.path} is of another run:\n  {_differences(found, wanted)}")
 
     def read_into(self, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
-        """Fill existing tensors in place, whatever the number of ranks that saved them; on all ranks at once.
-
-        Raises:
-            CheckpointError: if the names or shapes are others, which it lists, or something in it is no tensor.
-        """
+        """Fill existing tensors in place, whatever the number of ranks that saved them; on all ranks at once."""
         self.check_shapes(tensors)
         self._load(dict(tensors), ranks.group)
 

@@ -86,15 +86,11 @@ class TrainingState:
         return {"optimizer": optimizer_numbers(self._optimizer, self._trained), "parts": parts}
 
     def load(self, checkpoint: SavedCheckpoint, ranks: Ranks, *, override: bool = False) -> None:
-        """Become what a checkpoint holds; on all ranks at once.
-
-        Args:
-            checkpoint: verified checkpoint.
-            ranks: the ranks.
-            override: the config has another schedule, whose rates are to be taken.
+        """Become what a verified checkpoint holds; on all ranks at once.
 
         Raises:
-            CheckpointError: if its tensors or learning rates are those of another run.
+            CheckpointError: if its tensors are those of another run, or its learning rates are and no `override` says
+                that this is meant.
         """
         saved = checkpoint.state
         restore_optimizer(self._optimizer, self._trained, saved["optimizer"])
@@ -109,16 +105,7 @@ class TrainingState:
 
 
 def check_trained(checkpoint: SavedCheckpoint, part: str, module: nn.Module) -> None:
-    """Hold a checkpoint against a module that is to be trained on, before the module has memory.
-
-    Args:
-        checkpoint: the checkpoint.
-        part: name of the module in `trained`.
-        module: the module, on any device.
-
-    Raises:
-        CheckpointError: listing the tensors that differ.
-    """
+    """Hold a checkpoint against the module named `part` of what is trained, before the module has memory."""
     prefix = f"{TRAINED}.{part}."
     wanted = {f"{prefix}{name}": param for name, param in trained_tensors(module).items()}
     checkpoint.check_shapes(wanted, part=prefix)
@@ -128,12 +115,9 @@ def run_fingerprint(ranks: Ranks, **known: Any) -> dict[str, Any]:
     """What a run is computed from, as JSON can hold it; every one of its checkpoints stores it.
 
     Args:
-        ranks: the ranks.
+        ranks: their number is added, as are the versions of Python and of the packages that decide what is computed.
         **known: what the recipe knows: `seed`, `base`, `model` and `data`; `base_weights`, the fingerprint of a base
             that is not part of the training state.
-
-    Returns:
-        The same with the number of ranks, and the versions of Python and of the packages that decide what is computed.
     """
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"world_size": ranks.world_size, "versions": versions, **known}

@@ -81,12 +81,7 @@ class CheckpointWriter:
         return self._every_n_steps is not None and (step % self._every_n_steps == 0 or step == num_steps)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Write a checkpoint, or begin to; nothing happens if this step was saved last.
-
-        Args:
-            step: optimizer steps done.
-            tensors: everything with a shape; DTensors are written by their owners.
-            numbers: everything else, as JSON; of rank zero.
+        """Write a checkpoint after so many steps, or begin to; nothing happens if this step was saved last.
 
         Raises:
             CheckpointError: if it, or the one before it, cannot be written; checkpoints that were complete still are.
@@ -103,11 +98,7 @@ class CheckpointWriter:
             self._running = self._thread.submit(self._write, step, self._staging.copy(tensors), state)
 
     def finish(self) -> None:
-        """Wait until what was saved is on the disk.
-
-        Raises:
-            CheckpointError: if it could not be written.
-        """
+        """Wait until what was saved is on the disk; a CheckpointError if it could not be written."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
