@@ -69,7 +69,7 @@ def random_model(embed_dim: int, num_layers: int) -> MaskedDiffusionLM:
     heads = embed_dim // 64
     sizes = {"embed_dim": embed_dim, "num_layers": num_layers, "num_heads": heads, "num_kv_heads": heads}
     model = llada(vocab_size=VOCAB_SIZE, mlp_dim=3 * embed_dim, **sizes)
-    weights = InitialWeights(model, seed=0, num_layers=num_layers)
+    weights = InitialWeights(model, seed=0)
     with torch.no_grad():
         for name, param in model.named_parameters():
             param.copy_(weights.read(name))

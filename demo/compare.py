@@ -45,11 +45,7 @@ def main() -> None:
 
 
 def compare(output: Path, seeds: Sequence[int], num_items: int, overrides: Sequence[str]) -> Path:
-    """Do the runs that are missing, seed by seed, and write the report; returns its path.
-
-    Raises:
-        LaunchError: too many seeds, or a run in the folder was made by another command.
-    """
+    """Do the runs that are missing, seed by seed, and write the report; returns its path."""
     if not 1 <= len(set(seeds)) == len(seeds) <= MAX_SEEDS:
         raise LaunchError(f"give between 1 and {MAX_SEEDS} different seeds, not {' '.join(map(str, seeds))}")
     claim_folder(output, keep=True)
@@ -61,11 +57,7 @@ def compare(output: Path, seeds: Sequence[int], num_items: int, overrides: Seque
 
 
 def finish_run(run_dir: Path, num_items: int, overrides: Sequence[str]) -> None:
-    """Train and score one run, as far as that is not done.
-
-    Raises:
-        LaunchError: what is there was made by another command.
-    """
+    """Train and score one run, as far as that is not done."""
     # A run that was interrupted has saved no state and starts anew; `auto` lets it have its folder again.
     arguments = ["--config", "tiny", f"output_dir={run_dir}", "resume=auto", *overrides]
     command = command_line(RECIPE, arguments)

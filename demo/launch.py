@@ -14,11 +14,7 @@ _MARKER_TEXT = "Written by the scripts in demo/. They may remove this folder to 
 
 
 def claim_folder(path: Path, *, keep: bool = False) -> None:
-    """Make an output folder that carries the marker; one of an earlier call is removed first, and that is said.
-
-    Args:
-        path: the folder.
-        keep: leave the contents of an earlier call as they are.
+    """Make an output folder that carries the marker; one of an earlier call is removed first, unless it is to be kept.
 
     Raises:
         LaunchError: something without the marker is there; it is left alone.
@@ -43,10 +39,6 @@ def command_line(recipe: str, arguments: Sequence[str]) -> str:
 
 def launch(recipe: str, arguments: Sequence[str]) -> None:
     """Run a recipe in a process of its own, on all CPU cores.
-
-    Args:
-        recipe: its name.
-        arguments: `--config`, its value, and overrides.
 
     Raises:
         LaunchError: torchtune's command is missing, or the run failed (it has said why).

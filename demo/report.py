@@ -33,12 +33,7 @@ MAX_SEEDS = len(_T_95) + 1
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs that differ in their seeds alone.
-
-    Args:
-        name: what is shown.
-        runs: their folders, one per seed, in the same order for all arms.
-    """
+    """Runs that differ in their seeds alone, in the same order for all arms."""
 
     name: str
     runs: Sequence[Path]

@@ -45,18 +45,14 @@ def model_before_training(cfg: Any, run_dir: Path) -> Path:
     path = run_dir / "before"
     if not path.exists():
         model: MaskedDiffusionLM = cfg.model.build()
-        initial = InitialWeights(model, seed=cfg.seed, num_layers=model.sizes.num_layers)
+        initial = InitialWeights(model, seed=cfg.seed)
         weights = ((name, initial.read(name)) for name, _ in model.named_parameters())
         save_hf(model, path, None, torch.float32, weights=weights, tokenizer=cfg.tokenizer.build())
     return path
 
 
 def evaluation(cfg: Any, run_dir: Path, num_items: int) -> list[str]:
-    """Arguments of the evaluation recipe: held-out pairs of the run's task, in the prompts of its training.
-
-    Raises:
-        ConfigError: if the run was not trained on such pairs, or on no canvas.
-    """
+    """Arguments of the evaluation recipe: held-out pairs of the run's task, in the prompts of its training."""
     data = cfg.dataset.arguments
     if cfg.dataset.path != "dllm_jepa.data.regex_pairs":
         raise ConfigError(f"only runs on dllm_jepa.data.regex_pairs can be scored, not {cfg.dataset.path}")
@@ -73,16 +69,7 @@ def evaluation(cfg: Any, run_dir: Path, num_items: int) -> list[str]:
 
 
 def score_run(run_dir: Path, *, num_items: int, command: str) -> dict[str, Any]:
-    """Score a finished run; writes eval/, scores.json and examples.json into its folder.
-
-    Args:
-        run_dir: output_dir of the run.
-        num_items: held-out items.
-        command: how it was trained, for the report.
-
-    Returns:
-        What scores.json holds; shares are fractions in [0, 1].
-    """
+    """Score a finished run; writes eval/, scores.json and examples.json into its folder, and returns the scores."""
     cfg: Any = recipe_config("dllm_jepa_full").check(read_config(run_dir / "config.yaml"))
     arguments = evaluation(cfg, run_dir, num_items)
     launch("dllm_jepa_eval", [*arguments, f"base_dir={model_before_training(cfg, run_dir)}", "resume=auto"])

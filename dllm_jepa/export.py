@@ -18,15 +18,7 @@ from dllm_jepa.models import (
     save_hf,
     save_merged,
 )
-from dllm_jepa.trained_model import (
-    base_weights,
-    check_part,
-    recorded_base,
-    saved_model,
-    saved_prompt,
-    saved_tokenizer,
-    saved_weights,
-)
+from dllm_jepa.trained_model import SavedModel
 from dllm_jepa.training import SavedCheckpoint, saved_states
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -68,34 +60,31 @@ def export_checkpoint(
     states = saved_states(path)
     checkpoint = SavedCheckpoint(states[-1] if states else path)
     checkpoint.verify()
-    state, config = checkpoint.state, OmegaConf.load(checkpoint.config)
-    given, base = base, base or recorded_base(checkpoint)
-    if base is not None and not base.is_dir():
-        what = f"--base {base}" if given else f"the run started from {base}, which"
+    config, saved = OmegaConf.load(checkpoint.config), SavedModel(checkpoint, part, base)
+    model = saved.model
+    if saved.base is not None and not saved.base.is_dir():
+        what = f"--base {base}" if base else f"the run started from {saved.base}, which"
         raise CheckpointError(
             f"{what} is not a directory here; give the one to copy config.json and the tokenizer from by --base"
         )
-    model = saved_model(checkpoint)
-    check_part(checkpoint, part)
     if merged and model.lora is None:
         raise CheckpointError(f"{path} is of full fine-tuning: there is no adapter to merge; leave out --merged")
     stored = DTYPES[dtype or config.export_dtype or config.compute_dtype]
+    weights = saved.weights(stored)
     files: dict[str, Any] = {
-        "tokenizer": saved_tokenizer(checkpoint, base) if base is None else None,
-        "card": model_card(part, state, checkpoint.config.read_text(encoding="utf-8")),
-        "prompt": saved_prompt(checkpoint),
+        "tokenizer": saved.tokenizer() if saved.base is None else None,
+        "card": model_card(part, checkpoint.state, checkpoint.config.read_text(encoding="utf-8")),
+        "prompt": saved.prompt(),
     }
-    weights = saved_weights(checkpoint, model, part, stored)
     if model.lora is None:
-        names = len(model.state_dict())
-        bar = tqdm(weights, total=names, desc="exporting", unit=" tensors", disable=None)
-        save_hf(model, out, base, stored, weights=bar, shard_bytes=shard_bytes, **files)
+        bar = tqdm(weights, total=len(model.state_dict()), desc="exporting", unit=" tensors", disable=None)
+        save_hf(model, out, saved.base, stored, weights=bar, shard_bytes=shard_bytes, **files)
         return
-    read, adapters = base_weights(model, state, base).read, dict(weights)
+    read, adapters = saved.base_weights().read, dict(weights)
     if merged:
-        save_merged(model, out, read, adapters, like=base, dtype=stored, shard_bytes=shard_bytes, **files)
+        save_merged(model, out, read, adapters, like=saved.base, dtype=stored, shard_bytes=shard_bytes, **files)
     else:
-        save_adapter(model, out, adapters, base=base, **files)
+        save_adapter(model, out, adapters, base=saved.base, **files)
 
 
 def _export_adapter(

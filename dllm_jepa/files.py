@@ -5,11 +5,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file; it is on the disk when this returns.
-
-    Raises:
-        OSError: if it cannot be written; what was there before is unchanged.
-    """
+    """Replace a text file; it is on the disk when this returns. An OSError leaves what was there before."""
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         write_durably(unfinished, text)
@@ -29,11 +25,10 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def sync_files(directory: Path) -> None:
-    """Wait until every file of a directory, and the directory itself, is on the disk."""
+    """Wait until the content of every file of a directory is on the disk."""
     for path in directory.iterdir():
         if path.is_file():
             _sync(path)
-    sync_directory(directory)
 
 
 def sync_directory(directory: Path) -> None:
@@ -42,11 +37,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def publish(unfinished: Path, final: Path) -> None:
-    """Give a complete directory its final name, as the last thing that happens to it.
-
-    Raises:
-        OSError: if something that is not an empty directory has that name.
-    """
+    """Give a complete directory its final name, as the last thing that happens to it; OSError if that is taken."""
     sync_directory(unfinished)
     unfinished.rename(final)
     sync_directory(final.parent)

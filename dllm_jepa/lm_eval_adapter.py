@@ -120,11 +120,7 @@ class DLLMJEPAHarnessModel(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> "DLLMJEPAHarnessModel":
-        """Build from model_args, which win over --device and --batch_size: those have defaults.
-
-        Raises:
-            ConfigError: if they name no model.
-        """
+        """Build from model_args, which win over --device and --batch_size: those have defaults."""
         if not arg_dict.get("checkpoint_dir"):
             raise ConfigError("no model given: add --model_args checkpoint_dir=DIRECTORY, with a model in it")
         options = additional_config or {}
@@ -156,20 +152,12 @@ class DLLMJEPAHarnessModel(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as one text, which `tok_encode` turns into the chat format of the model.
 
-        Args:
-            chat_history: messages; if the last one is the assistant's, the response goes on from it.
-            add_generation_prompt: not used: the last message decides.
+        If the last message is the assistant's, the response goes on from it, whatever `add_generation_prompt` says.
         """
         return f"{_CHAT_START}{json.dumps(chat_history)}}}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a prompt: of a chat in the model's format, of any other text with the bos in front.
-
-        Args:
-            string: the text.
-            add_special_tokens: False leaves out the bos.
-            kwargs: not used.
-        """
+        """Token ids of a chat in the model's format, or of any other text, with the bos in front unless told not to."""
         if string.startswith(_CHAT_START):
             *messages, last = json.loads(string)["dllm_jepa_chat"]
             if last["role"] != "assistant":
@@ -236,15 +224,7 @@ class DLLMJEPAHarnessModel(TemplateLM):
         return True
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, window by window, each on the context that fits before it.
-
-        Args:
-            requests: with a text each.
-            disable_tqdm: show no progress bar.
-
-        Returns:
-            Sums over the windows, in nats.
-        """
+        """Log-likelihood of whole texts in nats, window by window, each on the context that fits before it."""
         windows: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -265,14 +245,7 @@ class DLLMJEPAHarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Responses to prompts, cut in front of the first stop string.
-
-        Args:
-            requests: with a prompt and the task's generation_kwargs each.
-            disable_tqdm: show no progress bar.
-
-        Returns:
-            The responses, without special tokens.
+        """Responses to prompts, without special tokens, cut in front of the first stop string.
 
         Raises:
             ConfigError: a task asks for something that no decoding has.

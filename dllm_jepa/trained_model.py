@@ -1,5 +1,6 @@
 """Any model on disk, opened by its directory: a Hugging Face directory, an adapter, or a training state."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -58,13 +59,10 @@ class ModelSource:
     prompt: Prompt | None
 
     def tokenizer(self, component: Component | None = None) -> Tokenizer:
-        """A tokenizer for it.
+        """A tokenizer for it, checked by `check_ids`.
 
         Args:
             component: builder and arguments, which gets `tokenizer_dir` unless it has a `path`; None is its own.
-
-        Raises:
-            CheckpointError: if there are no such files, or it has ids that the model does not score.
         """
         if component is None:
             tokenizer = self.own_tokenizer()
@@ -74,11 +72,7 @@ class ModelSource:
         return tokenizer
 
     def check_ids(self, tokenizer: Tokenizer) -> None:
-        """Refuse a tokenizer with ids that the model does not score.
-
-        Raises:
-            CheckpointError: naming both numbers.
-        """
+        """Refuse, with a CheckpointError, a tokenizer with ids that the model does not score."""
         num_ids = self.model.sizes.vocab_size
         if tokenizer.vocab_size > num_ids:
             raise CheckpointError(
@@ -157,38 +151,30 @@ def _directory_tokenizer(path: Path, family: str) -> Tokenizer:
 def _open_training_state(path: Path, part: str, base: str | Path | None, ranks: Ranks | None) -> ModelSource:
     checkpoint = SavedCheckpoint(path)
     checkpoint.verify(ranks)
-    model = saved_model(checkpoint)
-    check_part(checkpoint, part)
+    saved = SavedModel(checkpoint, part, base)
+    model = saved.model
     if base is not None and model.lora is None:
         raise CheckpointError(f"{path} is of full fine-tuning, and only adapters stand on a base: leave out {base}")
-    base = recorded_base(checkpoint) if base is None else Path(base)
-    if model.lora is not None:
-        base_weights(model, checkpoint.state, base)
+    read = None if model.lora is None else saved.base_weights().read
+    with torch.device("meta"):
+        plain = FAMILIES[model.family].build(model.sizes)
 
     def load(dtype: torch.dtype, device: torch.device) -> MaskedDiffusionLM:
-        weights = saved_weights(checkpoint, model, part, dtype)
-        plain = _plain(model)
-        if model.lora is not None:
-            read = base_weights(model, checkpoint.state, base).read
+        weights = saved.weights(dtype)
+        if read is not None and model.lora is not None:
             weights = merged_weights(plain.state_dict(), read, dict(weights), model.lora)
-        return _filled(plain, weights, dtype, device)
+        return _filled(copy.deepcopy(plain), weights, dtype, device)
 
     digest = hashlib.sha256((checkpoint.path / MANIFEST_NAME).read_bytes()).hexdigest()
     return ModelSource(
         path,
-        _plain(model),
-        base,
+        plain,
+        saved.base,
         f"{digest} {part}",
-        own_tokenizer=lambda: saved_tokenizer(checkpoint, base),
+        own_tokenizer=saved.tokenizer,
         load=load,
-        prompt=saved_prompt(checkpoint),
+        prompt=saved.prompt(),
     )
-
-
-def _plain(model: MaskedDiffusionLM) -> MaskedDiffusionLM:
-    """The same model without adapters, on the meta device."""
-    with torch.device("meta"):
-        return FAMILIES[model.family].build(model.sizes)
 
 
 def _filled(
@@ -204,120 +190,90 @@ def _filled(
     return model.eval()
 
 
-def saved_model(checkpoint: SavedCheckpoint) -> MaskedDiffusionLM:
-    """The model of a training state, with its adapters, on the meta device and held against the saved tensors.
+class SavedModel:
+    """The model of a training state, its weights not loaded.
 
     Args:
-        checkpoint: the training state.
+        checkpoint: the training state, verified.
+        part: "online" or "target": the averages of the EMA target encoder, beside what has none.
+        base: where the directory that the run started from is now; None where the run found it.
+
+    Attributes:
+        model: with its adapters, on the meta device.
+        base: directory that the run started from; None for random weights.
 
     Raises:
-        CheckpointError: if its family is not one of this package, or its tensors do not fit.
+        CheckpointError: if its family is not one of this package, its tensors do not fit, or it has no such part.
     """
-    saved: dict[str, Any] = checkpoint.state["model"]
-    if saved["family"] not in FAMILIES:
-        raise CheckpointError(
-            f"the checkpoint is of the family {saved['family']!r}; known: {', '.join(sorted(FAMILIES))}. A family of "
-            "your own is exported by its recipe: resume=CHECKPOINT with as many max_steps as the checkpoint has"
-        )
-    with torch.device("meta"):
-        model = FAMILIES[saved["family"]].build(TransformerSizes(**saved["sizes"]))
-        if saved.get("lora") is not None:
-            model = add_lora(model, LoRASettings(**saved["lora"]))
-    check_trained(checkpoint, "model", model)
-    return model
 
+    def __init__(self, checkpoint: SavedCheckpoint, part: str, base: str | Path | None) -> None:
+        """Build the model, and hold it against the saved tensors."""
+        self._checkpoint, self._part = checkpoint, part
+        base = base or checkpoint.state["base"]
+        self.base = None if base is None else Path(base)
+        saved: dict[str, Any] = checkpoint.state["model"]
+        if saved["family"] not in FAMILIES:
+            raise CheckpointError(
+                f"the checkpoint is of the family {saved['family']!r}; known: {', '.join(sorted(FAMILIES))}. A family "
+                "of your own is exported by its recipe: resume=CHECKPOINT with as many max_steps as the checkpoint has"
+            )
+        with torch.device("meta"):
+            self.model = FAMILIES[saved["family"]].build(TransformerSizes(**saved["sizes"]))
+            if saved.get("lora") is not None:
+                self.model = add_lora(self.model, LoRASettings(**saved["lora"]))
+        check_trained(checkpoint, "model", self.model)
+        if part == "target" and not any(name.startswith("target.") for name in checkpoint.tensors):
+            raise CheckpointError(
+                f"{checkpoint.path} has no target encoder: its run had jepa_weight: 0. Take the part online"
+            )
 
-def check_part(checkpoint: SavedCheckpoint, part: str) -> None:
-    """Refuse the target encoder's weights of a run that had none.
+    def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """The trained tensors by parameter name, on the CPU: of this type, or fp32 adapters."""
+        lora = self.model.lora is not None
+        for name in trained_tensors(self.model):
+            average = f"target.{name if lora else name.removeprefix('backbone.')}"
+            is_average = self._part == "target" and average in self._checkpoint.tensors
+            saved = average if is_average else f"trained.model.{name}"
+            yield name, self._checkpoint.read(saved, torch.float32 if lora else dtype)
 
-    Raises:
-        CheckpointError: if they are asked for and not there.
-    """
-    if part == "target" and not any(name.startswith("target.") for name in checkpoint.tensors):
-        raise CheckpointError(
-            f"{checkpoint.path} has no target encoder: its run had jepa_weight: 0. Take the part online"
-        )
+    def base_weights(self) -> HFCheckpoint | InitialWeights:
+        """The weights that the adapters stand on.
 
+        Raises:
+            CheckpointError: if `base` does not fit the model, or holds other weights than the run started from.
+        """
+        state = self._checkpoint.state
+        if self.base is None:
+            return InitialWeights(self.model, seed=state["seed"])
+        checkpoint = HFCheckpoint(self.base)
+        checkpoint.check(self.model)
+        if checkpoint.fingerprint() != state["base_weights"]:
+            raise CheckpointError(
+                f"the adapters were trained on other weights than those of {self.base}; give the directory of their "
+                f"base, which was {state['base']} (base=DIRECTORY in Python, adapter_base=DIRECTORY in a config, "
+                "--base DIRECTORY of dllm-jepa export)"
+            )
+        return checkpoint
 
-def recorded_base(checkpoint: SavedCheckpoint) -> Path | None:
-    """The directory that the run of a training state started from; None for random weights."""
-    base = checkpoint.state["base"]
-    return None if base is None else Path(base)
+    def prompt(self) -> Prompt | None:
+        """How the run prompts its model; None if the training state does not say so."""
+        return check_prompt(self._checkpoint.state.get("prompt"), self._checkpoint.path / "state.json")
 
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the run, read from `base` if the run read it from there.
 
-def saved_prompt(checkpoint: SavedCheckpoint) -> Prompt | None:
-    """How the run of a training state prompts its model; None if the state does not say so.
-
-    Raises:
-        CheckpointError: if it says something else.
-    """
-    return check_prompt(checkpoint.state.get("prompt"), checkpoint.path / "state.json")
-
-
-def base_weights(model: MaskedDiffusionLM, state: dict[str, Any], base: Path | None) -> HFCheckpoint | InitialWeights:
-    """The weights that the adapters of a training state stand on.
-
-    Args:
-        model: the model with its adapters.
-        state: what the training state says of its run.
-        base: directory of the base; None for random weights.
-
-    Raises:
-        CheckpointError: if the directory does not fit the model, or holds other weights than the run started from.
-    """
-    if base is None:
-        return InitialWeights(model, seed=state["seed"], num_layers=model.sizes.num_layers)
-    checkpoint = HFCheckpoint(base)
-    checkpoint.check(model)
-    if checkpoint.fingerprint() != state["base_weights"]:
-        raise CheckpointError(
-            f"the adapters were trained on other weights than those of {base}; give the directory of their base, which "
-            f"was {state['base']} (base=DIRECTORY in Python, adapter_base=DIRECTORY in a config, --base DIRECTORY of "
-            "dllm-jepa export)"
-        )
-    return checkpoint
-
-
-def saved_weights(
-    checkpoint: SavedCheckpoint, model: MaskedDiffusionLM, part: str, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """The trained tensors of a model; of a target encoder the averages, beside what has none.
-
-    Args:
-        checkpoint: the training state.
-        model: its model.
-        part: "online" or "target".
-        dtype: type of the tensors; adapters are always fp32.
-
-    Yields:
-        Parameter names of the model, and tensors on the CPU.
-    """
-    for name in trained_tensors(model):
-        average = f"target.{name if model.lora is not None else name.removeprefix('backbone.')}"
-        is_average = part == "target" and average in checkpoint.tensors
-        saved = average if is_average else f"trained.model.{name}"
-        yield name, checkpoint.read(saved, dtype if model.lora is None else torch.float32)
-
-
-def saved_tokenizer(checkpoint: SavedCheckpoint, base: Path | None) -> Tokenizer:
-    """The tokenizer of the run that saved a training state.
-
-    Args:
-        checkpoint: the training state.
-        base: where the directory that the run started from is now; a tokenizer that was read from there is read here.
-
-    Raises:
-        CheckpointError: if it is not of this package.
-    """
-    config: Any = OmegaConf.load(checkpoint.config)
-    arguments = {str(key): value for key, value in config.tokenizer.items()}
-    path = str(arguments.pop("_component_"))
-    if base is not None and arguments.get("path") == checkpoint.state["base"]:
-        arguments["path"] = base
-    function = find_tokenizer(path)
-    if function is None:
-        raise CheckpointError(
-            f"the run's tokenizer {path} is not of this package, and code that a checkpoint names is not run; give a "
-            "directory with its files and config.json by --base of dllm-jepa export"
-        )
-    return function(**arguments)
+        Raises:
+            CheckpointError: if it is not of this package.
+        """
+        config: Any = OmegaConf.load(self._checkpoint.config)
+        arguments = {str(key): value for key, value in config.tokenizer.items()}
+        path = str(arguments.pop("_component_"))
+        if self.base is not None and arguments.get("path") == self._checkpoint.state["base"]:
+            arguments["path"] = self.base
+        function = find_tokenizer(path)
+        if function is None:
+            raise CheckpointError(
+                f"the run's tokenizer {path} is not of this package, and code that a checkpoint names is not run; give "
+                "a directory with its files and config.json by --base of dllm-jepa export"
+            )
+        return function(**arguments)

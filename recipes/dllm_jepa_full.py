@@ -161,7 +161,7 @@ class DLLMJEPARecipe:
         self.prefetched = PrefetchedBatches(self.batches, num_steps=self.num_steps, device=self.ranks.device)
         self.cleanup.callback(self.prefetched.close)
         self.run.check_steps(self.num_steps)
-        self.base = self.checkpoint or InitialWeights(self.model, seed=cfg.seed, num_layers=self.model.sizes.num_layers)
+        self.base = self.checkpoint or InitialWeights(self.model, seed=cfg.seed)
         base_weights = {} if self.model.lora is None else {"base_weights": self.base.fingerprint()}
         self.fingerprint = training.run_fingerprint(
             self.ranks,
@@ -270,7 +270,7 @@ class DLLMJEPARecipe:
         sizes = self.model.sizes
         with torch.device("meta"):
             predictor: nn.Module = self.cfg.predictor.build(sizes.embed_dim, sizes.mlp_dim)
-        first = InitialWeights(predictor, seed=self.cfg.seed, num_layers=self.cfg.predictor.argument("num_layers") or 1)
+        first = InitialWeights(predictor, seed=self.cfg.seed)
         training.shard(predictor, [], self.ranks, self.compute_dtype)
         training.materialize(predictor, first.read, dtype=DTYPES[self.cfg.dtype], device=self.ranks.device)
         return predictor

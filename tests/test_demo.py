@@ -8,13 +8,14 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from dllm_jepa.config import Component, read_config, recipe_config
+from dllm_jepa.config import Component
 from dllm_jepa.data import generate_regex_pairs
 from dllm_jepa.errors import ConfigError, LaunchError
 from dllm_jepa.evals import nlrx
@@ -40,15 +41,11 @@ def metrics_rows() -> list[dict[str, Any]]:
     for step in range(1, NUM_STEPS + 1):
         row = {
             "step": step,
-            "epoch": 0,
-            "loss": 7.0 - step / 10,
             "diffusion_loss": 6.0 - step / 10,
             "jepa_loss": 1.0 / step,
             "grad_norm": 1.0 + 1.0 / step,
             "lr": 1e-3 * step,
             "tokens": 1000 + step,
-            "masked_tokens": 500,
-            "sequences": 64,
             "tokens_per_second": 2000.0 + step,
             "step_seconds": 0.5,
         }
@@ -149,11 +146,16 @@ def test_the_report_shows_the_scores_of_the_files(page: tuple[Path, str]) -> Non
         assert shown in words
 
 
-def test_a_report_on_fine_tuning_names_its_start(tmp_path: Path) -> None:
+def test_a_report_on_fine_tuning_without_jepa_and_monitor(tmp_path: Path) -> None:
+    """It names its start, and has no curves of what was not measured."""
     write_run(tmp_path, started_from="runs/demo/hf", untrained=0.5)
+    monitored = ("effective_rank", "cosine_diversity", "target_cosine", "monitor_rows")
+    rows = [{key: value for key, value in row.items() if key not in monitored} for row in metrics_rows()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = report.write_report(tmp_path).read_text()
     assert "from <code>runs/demo/hf</code>" in text
     assert ["the model before this training", "50.0 %", "0.4 % to 12.9 %", "40"] in rows_of(text)
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"losses", "learning_rate", "tokens_per_second"}
 
 
 def test_the_report_shows_wrong_answers_and_counts_them(page: tuple[Path, str]) -> None:
@@ -212,24 +214,14 @@ def test_curves_hold_the_values_of_the_metrics() -> None:
     np.testing.assert_allclose(line_data(figures.rate_and_gradient(rows))[0], (steps, 1e-3 * steps))
 
 
-def test_a_run_without_jepa_and_monitor_has_no_such_curves(tmp_path: Path) -> None:
-    write_run(tmp_path)
-    monitored = ("effective_rank", "cosine_diversity", "target_cosine", "monitor_rows")
-    rows = [{key: value for key, value in row.items() if key not in monitored} for row in metrics_rows()]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report.write_report(tmp_path)
-    assert {path.stem for path in tmp_path.glob("*.png")} == {"losses", "learning_rate", "tokens_per_second"}
-
-
-@pytest.mark.parametrize("degrees", range(1, 10))
-def test_the_table_of_student_t(degrees: int) -> None:
-    width = report.t_interval([0.0] * degrees + [1.0])[1] - 1 / (degrees + 1)
-    # One 1 among zeros has the standard error 1 / (degrees + 1).
-    quantile = width * (degrees + 1)
-    x = np.linspace(0, quantile, 200_001)
-    density = (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
-    norm = math.gamma((degrees + 1) / 2) / (math.sqrt(degrees * math.pi) * math.gamma(degrees / 2))
-    assert 0.5 + norm * np.trapezoid(density, x) == pytest.approx(0.975, abs=2e-5)
+def test_the_table_of_student_t() -> None:
+    for degrees in range(1, 10):
+        # One 1 among zeros has the standard error 1 / (degrees + 1).
+        quantile = (report.t_interval([0.0] * degrees + [1.0])[1] - 1 / (degrees + 1)) * (degrees + 1)
+        x = np.linspace(0, quantile, 20_001)
+        density = (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
+        norm = math.gamma((degrees + 1) / 2) / (math.sqrt(degrees * math.pi) * math.gamma(degrees / 2))
+        assert 0.5 + norm * np.trapezoid(density, x) == pytest.approx(0.975, abs=2e-5)
 
 
 def test_a_comparison_shows_means_intervals_and_paired_differences(tmp_path: Path) -> None:
@@ -237,8 +229,11 @@ def test_a_comparison_shows_means_intervals_and_paired_differences(tmp_path: Pat
     for name, values in shares.items():
         for seed, share in enumerate(values):
             write_run(tmp_path / f"{name}{seed}", functional_match=share, command=f"train {name} {seed}")
-    arms = [report.Arm(name, [tmp_path / f"{name}{seed}" for seed in (0, 1)]) for name in shares]
-    text = report.write_comparison(tmp_path, arms, [0, 1]).read_text()
+
+    def arms(seeds: list[int]) -> list[report.Arm]:
+        return [report.Arm(name, [tmp_path / f"{name}{seed}" for seed in seeds]) for name in shares]
+
+    text = report.write_comparison(tmp_path, arms([0, 1]), [0, 1]).read_text()
     rows = rows_of(text)
     # With two seeds the interval is the mean +- 12.706 * half their distance.
     assert ["base", "50.0 %", "54.0 %", "52.0 %", "26.6 % to 77.4 %", "3 min 54 s"] in rows
@@ -248,19 +243,9 @@ def test_a_comparison_shows_means_intervals_and_paired_differences(tmp_path: Pat
     assert ["same minus more", "-10.0", "-22.7 to +2.7", "no difference shown"] in rows
     assert all(f"train {name} {seed}" in text for name in shares for seed in (0, 1))
     assert {path.name for path in tmp_path.glob("*.png")} == {"scores.png", "losses.png"}
-
-
-def test_one_seed_has_no_interval(tmp_path: Path) -> None:
-    write_run(tmp_path / "a")
-    write_run(tmp_path / "b", functional_match=0.9)
-    arms = [report.Arm(name, [tmp_path / name]) for name in "ab"]
-    rows = rows_of(report.write_comparison(tmp_path, arms, [0]).read_text())
-    assert ["b", "90.0 %", "90.0 %", "needs 2 seeds", "3 min 54 s"] in rows
-    assert ["b minus a", "+55.0", "needs 2 seeds", "one seed: nothing can be said"] in rows
-
-
-def tiny_config(**changes: Any) -> Any:
-    return recipe_config("dllm_jepa_full").check(read_config(REPOSITORY / "configs/tiny.yaml") | changes)
+    rows = rows_of(report.write_comparison(tmp_path, arms([0]), [0]).read_text())
+    assert ["more", "60.0 %", "60.0 %", "needs 2 seeds", "3 min 54 s"] in rows
+    assert ["more minus base", "+10.0", "needs 2 seeds", "one seed: nothing can be said"] in rows
 
 
 @pytest.fixture(scope="module")
@@ -323,44 +308,37 @@ def test_the_model_before_training(scored_run: Path, tmp_path: Path) -> None:
     run_here(tmp_path / "run", "export=online", "max_steps=1", "optimizer.lr=0.0", "lr_scheduler=null")
     initial = load_hf(tmp_path / "run" / "hf").state_dict()  # of the same seed
     assert all(torch.equal(before[name], initial[name]) for name in initial)
-    checkpoint = "tests/assets/llada_tiny"
-    assert scoring.model_before_training(tiny_config(checkpoint_dir=checkpoint), tmp_path) == Path(checkpoint)
+    assert scoring.model_before_training(SimpleNamespace(checkpoint_dir="llada"), tmp_path) == Path("llada")
 
 
 @pytest.mark.parametrize(
-    ("dataset", "message"),
+    ("path", "arguments", "message"),
     [
-        (Component("dllm_jepa.data.gsm8k"), "only runs on dllm_jepa.data.regex_pairs"),
-        (Component("dllm_jepa.data.regex_pairs", {"canvas_tokens": None}), "set dataset.canvas_tokens"),
+        ("dllm_jepa.data.gsm8k", {}, "only runs on dllm_jepa.data.regex_pairs can be scored, not dllm_jepa.data.gsm8k"),
+        ("dllm_jepa.data.regex_pairs", {"canvas_tokens": None}, "set dataset.canvas_tokens"),
     ],
 )
-def test_runs_that_cannot_be_scored(tmp_path: Path, dataset: Component, message: str) -> None:
+def test_runs_that_cannot_be_scored(tmp_path: Path, path: str, arguments: dict[str, Any], message: str) -> None:
+    cfg = SimpleNamespace(dataset=Component(path, arguments))
     with pytest.raises(ConfigError, match=message):
-        scoring.evaluation(tiny_config().model_copy(update={"dataset": dataset}), tmp_path, 12)
+        scoring.evaluation(cfg, tmp_path, 12)
 
 
 def test_only_a_marked_folder_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs/demo"
     launch.claim_folder(folder)
     assert capsys.readouterr().out == ""
-    (folder / "metrics.jsonl").write_text("old")
+    (folder / "mine").write_text("old")
     launch.claim_folder(folder, keep=True)
-    assert (folder / "metrics.jsonl").exists()
+    assert (folder / "mine").exists()
     launch.claim_folder(folder)
     assert "of an earlier demo and is removed" in capsys.readouterr().out
     assert [path.name for path in folder.iterdir()] == [launch.MARKER_NAME]
-
-
-def test_a_folder_without_the_marker_is_left_alone(tmp_path: Path) -> None:
-    folder = tmp_path / "demo"
-    folder.mkdir()
-    (folder / "mine").write_text("precious")
-    with pytest.raises(LaunchError, match="was not written by this script.*--output"):
-        launch.claim_folder(folder)
+    (folder / launch.MARKER_NAME).rename(folder / "mine")
+    for path in (folder, folder / "mine"):
+        with pytest.raises(LaunchError, match="was not written by this script.*--output"):
+            launch.claim_folder(path, keep=True)
     assert [path.name for path in folder.iterdir()] == ["mine"]
-    with pytest.raises(LaunchError, match="was not written by this script"):
-        launch.claim_folder(folder / "mine", keep=True)
-    assert (folder / "mine").read_text() == "precious"
 
 
 def test_a_failed_training_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,11 +376,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def test_a_comparison_goes_on_where_it_stopped(tmp_path: Path, calls: list[str]) -> None:
+def test_a_comparison_goes_on_where_it_stopped(
+    tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "compare"
     names = ["diffusion_seed3", "jepa_seed3", "shuffled_seed3"]
     compare.compare(folder, [3], 40, ["max_steps=2"])
     assert calls == [f"{verb} {name}" for name in names for verb in ("train", "score")]
+    assert (folder / report.REPORT_NAME).exists()
+    monkeypatch.setattr(compare, "write_comparison", lambda output, arms, seeds: output)  # drawing takes its time
     calls.clear()
     compare.compare(folder, [3], 40, ["max_steps=2"])
     assert calls == []
@@ -416,16 +398,13 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path: Path, calls: list[str])
     assert "max_steps=2 jepa_weight=1 shuffle_targets=true seed=3" in (folder / names[2] / "command.txt").read_text()
 
 
-def test_runs_of_other_settings_are_not_compared(tmp_path: Path, calls: list[str]) -> None:
+def test_runs_that_cannot_be_compared(tmp_path: Path, calls: list[str]) -> None:
+    for seeds in ([], [1, 1], list(range(11))):
+        with pytest.raises(LaunchError, match="between 1 and 10 different seeds"):
+            compare.compare(tmp_path / "compare", seeds, 40, [])
+    assert not (tmp_path / "compare").exists()
     compare.compare(tmp_path, [3], 40, ["max_steps=2"])
     calls.clear()
     with pytest.raises(LaunchError, match="(?s)made by.*max_steps=2.*not by.*max_steps=9"):
         compare.compare(tmp_path, [3], 40, ["max_steps=9"])
     assert calls == []
-
-
-@pytest.mark.parametrize("seeds", [[], [1, 1], list(range(11))])
-def test_unusable_seeds(tmp_path: Path, seeds: list[int]) -> None:
-    with pytest.raises(LaunchError, match="between 1 and 10 different seeds"):
-        compare.compare(tmp_path / "compare", seeds, 40, [])
-    assert not (tmp_path / "compare").exists()

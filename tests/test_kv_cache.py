@@ -106,16 +106,6 @@ def test_rows_that_are_not_kept_leave_the_others_as_they_are(model: MaskedDiffus
     assert unpadded.key_mask is None
 
 
-def test_padding_is_never_seen(model: MaskedDiffusionLM) -> None:
-    tokens, real = rows()
-    outs = []
-    for pad in (0, 299):
-        cache = KVCache(real)
-        model(tokens.masked_fill(~real, pad), attention_mask=cache)
-        outs.append(model(tokens.gather(1, FED), attention_mask=cache, input_pos=FED))
-    assert torch.equal(*outs)
-
-
 def test_columns_before_whole_rows_are_refused(model: MaskedDiffusionLM) -> None:
     tokens, real = rows()
     with pytest.raises(ValueError, match="must be filled by a pass over whole rows"):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dllm_jepa.packing import PackedSequences
 
 any_lengths = st.lists(st.integers(1, 70), min_size=1, max_size=25)
-deterministic = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+deterministic = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
 @deterministic
@@ -18,6 +18,8 @@ def test_bounds(lengths: list[int]) -> None:
     assert packing.cu_seqlens.dtype == torch.int32
     assert packing.cu_seqlens.tolist() == [sum(lengths[:count]) for count in range(len(lengths) + 1)]
     assert packing.max_seqlen == max(lengths)
+    moved = packing.to(torch.device("meta"))
+    assert moved.cu_seqlens.device.type == "meta" and moved.max_seqlen == max(lengths)
 
 
 @deterministic
@@ -92,10 +94,3 @@ def test_the_block_mask_shows_every_token_its_own_sequence(lengths: list[int]) -
 def test_a_sequence_without_tokens_is_refused(lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="packed sequences need at least one token each"):
         PackedSequences.from_lengths(lengths)
-
-
-def test_moving_keeps_the_packing() -> None:
-    packing = PackedSequences.from_lengths([3, 1, 4])
-    moved = packing.to(torch.device("meta"))
-    assert moved.cu_seqlens.device.type == "meta" and moved.cu_seqlens.shape == (4,) and moved.max_seqlen == 4
-    assert torch.equal(packing.to(torch.device("cpu")).bucket_positions, packing.bucket_positions)

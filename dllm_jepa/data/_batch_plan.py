@@ -49,13 +49,12 @@ class BatchPlan:
         global_batch_size: G, sequences of a step over all ranks.
         tokens_per_device: largest micro-batch in tokens; padding counts when `packed` is false.
         num_ranks: R.
-        seed: seed of the run.
         packed: sequences lie end to end; otherwise every row is padded to the longest of its micro-batch.
         unsplit_for: what needs the sequences of a rank in one micro-batch, for the message that refuses more; None
             lets a step take several.
 
     Raises:
-        ConfigError: if the dataset is smaller than a step, a step than the number of ranks, a micro-batch than the
+        ConfigError: the dataset is smaller than a step, a step than the number of ranks, a micro-batch than the
             longest sequence, or, where a step must not be split, than what a rank may get of it.
     """
 
@@ -110,7 +109,7 @@ class BatchPlan:
         return StepPlan(self.epoch(step), samples, deal(bins, self._num_ranks))
 
     def __str__(self) -> str:
-        """What it is, for the user."""
+        """Text for the user."""
         return f"{self.steps_per_epoch:,} steps an epoch, which leave out {self.num_left_out:,} sequences"
 
     def epoch(self, step: int) -> int:
@@ -128,13 +127,7 @@ class BatchPlan:
 
 
 def largest_share(lengths: IntArray, num_ranks: int, *, packed: bool) -> int:
-    """Most tokens that a rank can get of a step, in one micro-batch of its own.
-
-    Args:
-        lengths: int64 [G], in tokens, of the longest sequences that a step can have.
-        num_ranks: R.
-        packed: as of `BatchPlan`.
-    """
+    """Most tokens that a rank can get of a step, in one micro-batch; `lengths` are the longest that a step can have."""
     longest = int(lengths.max())
     if not packed:
         return longest * -(-len(lengths) // num_ranks)
@@ -150,7 +143,7 @@ def split_packed(lengths: IntArray, capacity: int, num_ranks: int) -> list[list[
 
     Args:
         lengths: int64 [G], in tokens, none above `capacity`.
-        capacity: largest micro-batch in tokens.
+        capacity: largest micro-batch in tokens, padding included.
         num_ranks: R.
 
     Returns:
@@ -175,14 +168,8 @@ def split_packed(lengths: IntArray, capacity: int, num_ranks: int) -> list[list[
 def even_out(bins: list[list[int]], lengths: IntArray) -> IntArray:
     """Exchange sequences between the fullest and the emptiest micro-batch as long as that brings them closer.
 
-    Longest first leaves them apart by about the shortest sequence: 1 or 2 % of a micro-batch of 8 to 16 sequences.
-
-    Args:
-        bins: micro-batches, each a list of positions in `lengths`; changed in place.
-        lengths: int64 [G], in tokens.
-
-    Returns:
-        int64 [micro-batches], their tokens.
+    Longest first leaves them apart by about the shortest sequence: 1 or 2 % of a micro-batch of 8 to 16 sequences. The
+    micro-batches, lists of positions in `lengths`, are changed in place; returns their tokens, int64.
     """
     tokens = np.array([lengths[members].sum() for members in bins])
     while True:
@@ -203,16 +190,7 @@ def even_out(bins: list[list[int]], lengths: IntArray) -> IntArray:
 
 
 def split_padded(lengths: IntArray, capacity: int, num_ranks: int) -> list[list[int]]:
-    """Split sequences into micro-batches of similar lengths, each padded to its longest.
-
-    Args:
-        lengths: int64 [G], in tokens, none above `capacity`.
-        capacity: largest micro-batch in tokens, padding included.
-        num_ranks: R.
-
-    Returns:
-        A multiple of R micro-batches, the largest first, each a list of positions in `lengths`.
-    """
+    """Split sequences into micro-batches of similar lengths, each padded to its longest; see `split_packed`."""
     sizes = lengths.tolist()
     bins: list[list[int]] = []
     for position in np.argsort(-lengths, kind="stable").tolist():
@@ -236,14 +214,9 @@ def split_padded(lengths: IntArray, capacity: int, num_ranks: int) -> list[list[
 
 
 def deal(bins: list[list[int]], num_ranks: int) -> list[list[list[int]]]:
-    """Deal micro-batches, the largest first, so that ranks that run side by side have nearly the same work.
+    """Deal micro-batches, the largest first, to ranks, so that those that run side by side have nearly the same work.
 
-    Args:
-        bins: a multiple of R micro-batches in falling order of size.
-        num_ranks: R.
-
-    Returns:
-        For each rank its micro-batches. Every other round is dealt backwards, which evens out the totals.
+    Every other round is dealt backwards, which evens out the totals.
     """
     rounds = [bins[start : start + num_ranks] for start in range(0, len(bins), num_ranks)]
     rounds = [members[::-1] if number % 2 else members for number, members in enumerate(rounds)]

@@ -21,9 +21,6 @@ def join_builder(
         doc: what it builds; the documentation of parts and function follows.
         build: called with the parts, whose own arguments are then filled in, and behind them with its own arguments.
         parts: functions; no argument of theirs may have the name of one of `build` or of another part.
-
-    Returns:
-        The builder.
     """
     own = [[p for p in _parameters(part) if p.kind is inspect.Parameter.KEYWORD_ONLY] for part in parts]
 

@@ -35,20 +35,8 @@ def chat(
     All assistant turns are maskable, each with the token that ends it; the end-of-text tokens follow the last one.
     Messages behind the last assistant turn are left out, since nothing answers them.
 
-    Args:
-        tokenizer: the model's tokenizer; it must have a chat format.
-        source: a .jsonl file, or a hub dataset.
-        max_seq_len: longest sequence in tokens.
-        split: split of a hub dataset.
-        name: configuration of a hub dataset.
-        system_prompt: in place of the row's own system message; "" for none; None leaves the row as it is.
-        max_rows: read only the first so many; None for all.
-        too_long: `truncate` or `refuse` longer sequences.
-        eos_fill: end-of-text tokens after the last response; see `ExampleOptions`, also for what follows.
-        canvas_tokens: fill the last response to this many tokens instead.
-        mask_prompt: whether noise may replace system and user messages and the marks of turns too.
-        shift_logits: the first token is never maskable.
-        progress: show a progress bar.
+    `system_prompt` takes the place of the row's own system message: "" for none; None leaves the row as it is. With
+    `mask_prompt` noise may replace the marks of turns too. All other arguments are those of `gsm8k`.
 
     Raises:
         DataError: the source or some of its rows cannot be used.
@@ -58,16 +46,13 @@ def chat(
         "chat", max_seq_len, too_long, eos_fill, canvas_tokens, mask_prompt, shift_logits, progress
     )
 
-    def examples() -> Iterator[tuple[list[int], list[bool], str]]:
+    def examples() -> Iterator[tuple[list[int], list[bool], bool, str]]:
         for row in read_rows(source, fields=["messages"], split=split, name=name, kind=list, max_rows=max_rows):
             messages = _messages(row, system_prompt)
-            tokens, maskable = format_chat(tokenizer, messages)
-            if any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-                yield *options.finish(tokenizer, tokens, maskable), row.name
-            else:
-                yield tokens, [False] * len(tokens), row.name
+            has_response = any(m["role"] == "assistant" and m["content"].strip() for m in messages)
+            yield *format_chat(tokenizer, messages), has_response, row.name
 
-    return options.collect(examples(), source=source, system_prompt=system_prompt)
+    return options.collect(tokenizer, examples(), source=source, system_prompt=system_prompt)
 
 
 def _messages(row: Row, system_prompt: str | None) -> list[dict[str, str]]:

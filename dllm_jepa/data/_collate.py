@@ -5,7 +5,7 @@ Shape legend: S sequences, B rows and T tokens of a row (packed: B = 1), n maske
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -85,23 +85,15 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on another device; from page-locked memory it is copied while the device works."""
-        return self._with_tensors(lambda value: value.to(device, non_blocking=True), lambda value: value.to(device))
+        return self._map(lambda v: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v.to(device))
 
     def pin_memory(self) -> "MicroBatch":
         """The same micro-batch in page-locked memory."""
-        return self._with_tensors(Tensor.pin_memory, PackedSequences.pin_memory)
+        return self._map(lambda value: value.pin_memory())
 
-    def _with_tensors(
-        self, of_tensor: Callable[[Tensor], Tensor], of_packing: Callable[[PackedSequences], PackedSequences]
-    ) -> "MicroBatch":
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                moved[field.name] = of_tensor(value)
-            elif isinstance(value, PackedSequences):
-                moved[field.name] = of_packing(value)
-        return replace(self, **moved)
+    def _map(self, move: Callable[[Any], Any]) -> "MicroBatch":
+        held = {name: value for name, value in vars(self).items() if isinstance(value, Tensor | PackedSequences)}
+        return replace(self, **{name: move(value) for name, value in held.items()})
 
 
 def total_counts(micro_batches: Sequence[MicroBatch]) -> list[int]:
@@ -113,13 +105,7 @@ class TrainingBatches:
     """The micro-batches of one rank, step by step.
 
     Args:
-        dataset: tokenized sequences.
-        plan: batch plan over all ranks.
         draw_views: draws the two views of a sequence, as `jepa.ViewSampler` does.
-        rank: this rank.
-        seed: seed of the run.
-        mask_id: id of the mask token.
-        pad_id: id of the padding token.
         packed: one packed row a micro-batch, instead of padded rows.
     """
 
@@ -172,8 +158,6 @@ class PrefetchedBatches:
     What a step gets does not depend on it, since views are a pure function of seed, epoch and sequence.
 
     Args:
-        batches: the micro-batches of this rank.
-        num_steps: steps of the whole run.
         device: where they will go. For a GPU they are put into page-locked memory, from which it copies while it works.
     """
 
@@ -211,14 +195,13 @@ def collate(
 ) -> MicroBatch:
     """Lay out some sequences and note every position that the step will need.
 
+    Without sequences the micro-batch is a single padding token that counts for nothing.
+
     Args:
         drawn: (clean tokens [T], maskable [T], views) of each sequence.
         batch_positions: their positions in the global batch.
         pad_id: id of the padding token.
         packed: one packed row instead of padded rows.
-
-    Returns:
-        The micro-batch; for no sequences one of a single padding token that counts for nothing.
     """
     lengths = [len(tokens) for tokens, _, _ in drawn] or [1]
     shape = (1, sum(lengths)) if packed else (len(lengths), max(lengths))
@@ -233,24 +216,25 @@ def collate(
             flat[slots] = np.concatenate(values)
         return torch.from_numpy(flat.reshape(shape))
 
-    def joined(values: list[Any], dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.concatenate(values)).to(dtype) if values else torch.zeros(0, dtype=dtype)
+    def joined(values: list[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        return np.concatenate([np.zeros(0, dtype=dtype), *values])
 
     context = [views.context for _, _, views in drawn]
     target = [views.target for _, _, views in drawn]
     sequences = np.split(sequence_of, np.cumsum(lengths)[:-1]) if drawn else []
-    masked, hidden = _joined_masks(context), _joined_masks(target)
-    labels = joined([tokens for tokens, _, _ in drawn], torch.int64)
+    masked, hidden = (joined([view.masked for view in views], np.bool_) for views in (context, target))
     return MicroBatch(
         context=lay_out([view.tokens for view in context], pad_id),
         target=lay_out([view.tokens for view in target], pad_id),
-        attention_mask=PackedSequences.from_lengths(lengths) if packed else _real_tokens(shape, lengths),
+        attention_mask=PackedSequences.from_lengths(lengths)
+        if packed
+        else torch.arange(shape[1]) < torch.tensor(lengths)[:, None],
         input_pos=lay_out([np.arange(length) for length in lengths], 0),
         context_ids=lay_out([np.where(v.masked, -1, s) for v, s in zip(context, sequences, strict=True)], -1),
         target_ids=lay_out([np.where(v.masked, -1, s) for v, s in zip(target, sequences, strict=True)], -1),
         target_visible=torch.from_numpy(slots[: len(hidden)][~hidden]),
         masked_positions=torch.from_numpy(slots[: len(masked)][masked]),
-        labels=labels[torch.from_numpy(masked)],
+        labels=torch.from_numpy(joined([tokens for tokens, _, _ in drawn], np.int64)[masked]),
         sequence_of_masked=torch.from_numpy(sequence_of[masked]),
         mask_ratio=torch.tensor([view.mask_ratio for view in context], dtype=torch.float32),
         num_masked=torch.tensor([int(view.masked.sum()) for view in context], dtype=torch.int64),
@@ -260,11 +244,3 @@ def collate(
         num_tokens=sum(lengths) if drawn else 0,
         squared_lengths=sum(length**2 for length in lengths) if drawn else 0,
     )
-
-
-def _real_tokens(shape: tuple[int, int], lengths: list[int]) -> Tensor:
-    return torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
-
-
-def _joined_masks(views: Sequence[Any]) -> npt.NDArray[np.bool_]:
-    return np.concatenate([view.masked for view in views]) if views else np.zeros(0, dtype=np.bool_)

@@ -1,6 +1,6 @@
 """How examples (prompts with responses) become sequences: the options that the builders share, and what they do."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,22 +14,7 @@ _MIN_SEQ_LEN = 4
 
 @dataclass(frozen=True)
 class ExampleOptions:
-    """How examples become sequences; every builder of this package takes these as arguments.
-
-    Args:
-        template: `chat` (the tokenizer's chat format) or `plain` (text, for base checkpoints).
-        max_seq_len: longest sequence in tokens, at least 4.
-        too_long: `truncate` longer sequences at the end (a cut response gets no end-of-text token) or `refuse` them.
-        eos_fill: trained end-of-text tokens after a response, as far as max_seq_len allows; 0 counts as 1.
-        canvas_tokens: instead of `eos_fill`, fill every response with end-of-text tokens up to this many tokens, the
-            length on which answers will be generated; a response that fills it already gets one.
-        mask_prompt: whether noise may replace the prompt too (never the bos).
-        shift_logits: the backbone scores a token from the hidden state before it; the first is then never maskable.
-        progress: show a progress bar, if stderr is a terminal.
-
-    Raises:
-        ValueError: if a value is out of range or eos_fill and canvas_tokens are both given.
-    """
+    """How examples become sequences: the arguments of `encode_examples`, checked, and what they do."""
 
     template: Template
     max_seq_len: int
@@ -56,41 +41,39 @@ class ExampleOptions:
         if self.canvas_tokens < 1:
             raise ValueError(f"canvas_tokens must be 1 or more tokens, got {self.canvas_tokens}")
 
-    def finish(self, tokenizer: TextTokenizer, tokens: list[int], maskable: list[bool]) -> tuple[list[int], list[bool]]:
-        """Append the end-of-text tokens of the last response and, with `mask_prompt`, open the prompt to noise.
-
-        Args:
-            tokenizer: the model's tokenizer.
-            tokens: ids that end with a response.
-            maskable: True on the responses.
-
-        Returns:
-            The longer token ids and maskable.
-        """
-        tokens, maskable = close_response(
-            tokenizer,
-            tokens,
-            maskable,
-            eos_fill=self.eos_fill,
-            canvas_tokens=self.canvas_tokens,
-            max_seq_len=self.max_seq_len,
-        )
-        if self.mask_prompt:
-            maskable = [tokens[0] != tokenizer.bos_id] + [True] * (len(tokens) - 1)
-        return tokens, maskable
-
     def collect(
-        self, examples: Iterable[tuple[list[int], list[bool], str]], *, source: str, system_prompt: str | None
+        self,
+        tokenizer: TextTokenizer,
+        examples: Iterable[tuple[list[int], list[bool], bool, str]],
+        *,
+        source: str,
+        system_prompt: str | None,
     ) -> SequenceDataset:
-        """Collect finished examples (tokens, maskable, name of the row) into a dataset; see `build_sequences`.
+        """Append the end-of-text tokens to encoded examples, open their prompts to noise if asked to, and collect them.
 
-        Args:
-            examples: finished examples.
-            source: where the rows come from, for messages.
-            system_prompt: the one of all rows; None if every row has its own.
+        An example is its tokens, maskable, whether it has a response, and the name of its row. Without a response
+        nothing is maskable, for which `build_sequences` refuses the row.
         """
+
+        def finished() -> Iterator[tuple[list[int], list[bool], str]]:
+            for tokens, maskable, has_response, name in examples:
+                if not has_response:
+                    maskable = [False] * len(tokens)
+                else:
+                    tokens, maskable = close_response(
+                        tokenizer,
+                        tokens,
+                        maskable,
+                        eos_fill=self.eos_fill,
+                        canvas_tokens=self.canvas_tokens,
+                        max_seq_len=self.max_seq_len,
+                    )
+                    if self.mask_prompt:
+                        maskable = [tokens[0] != tokenizer.bos_id] + [True] * (len(tokens) - 1)
+                yield tokens, maskable, name
+
         return build_sequences(
-            examples,
+            finished(),
             source=source,
             max_seq_len=self.max_seq_len,
             too_long=self.too_long,
@@ -101,20 +84,12 @@ class ExampleOptions:
 
 
 def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse a value that is not among the allowed ones.
-
-    Raises:
-        ValueError: naming the key, the value and the allowed ones.
-    """
+    """Refuse a value that is not among the allowed ones."""
     if value not in allowed:
         raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def check_max_seq_len(max_seq_len: int) -> None:
-    """Refuse a length into which nothing fits.
-
-    Raises:
-        ValueError: naming the value.
-    """
+    """Refuse a length into which nothing fits."""
     if max_seq_len < _MIN_SEQ_LEN:
         raise ValueError(f"max_seq_len must be at least {_MIN_SEQ_LEN} tokens, got {max_seq_len}")

@@ -26,7 +26,6 @@ class SequenceDataset:
         tokens: int32 [N], all sequences end to end.
         maskable: bool [N], positions that noise may replace.
         offsets: int64 [n + 1], sequence i is offsets[i] to offsets[i + 1].
-        num_truncated: sequences that were cut to max_seq_len.
         source: where the rows came from, for messages.
         prompt: how the prompts were written: `template`, and `system_prompt` (text, "" for none, None where every row
             has its own); None for data without prompts.
@@ -61,7 +60,7 @@ class SequenceDataset:
         return {"source": self.source, "sequences": len(self), "sha256": digest.hexdigest()}
 
     def __str__(self) -> str:
-        """What it is, for the user."""
+        """Text for the user."""
         return f"{self.source}: {len(self):,} sequences, {self.num_truncated:,} of them truncated"
 
     def __len__(self) -> int:
@@ -139,12 +138,7 @@ def build_sequences(
 
 
 def _truncation_warnings(lengths: npt.NDArray[np.int64], max_seq_len: int) -> list[str]:
-    """One line if more sequences are cut than a few outliers.
-
-    Args:
-        lengths: int64 [n], tokens of the sequences before they are cut.
-        max_seq_len: longest sequence in tokens.
-    """
+    """One line if more sequences are cut than a few outliers; `lengths` are those before."""
     share = float((lengths > max_seq_len).mean())
     if share <= _MOST_TRUNCATED:
         return []

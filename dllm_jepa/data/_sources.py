@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,6 +31,15 @@ class Row:
 
     name: str
     values: Mapping[str, Any]
+
+
+@contextmanager
+def naming(row: Row) -> Iterator[None]:
+    """Put the name of a row in front of what is wrong with it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{row.name}: {error}") from error
 
 
 def is_row_file(source: str) -> bool:

@@ -14,7 +14,7 @@ from annotated_types import Ge
 from dllm_jepa.data._builders import join_builder
 from dllm_jepa.data._examples import ExampleOptions, TooLong
 from dllm_jepa.data._sequences import SequenceDataset
-from dllm_jepa.data._sources import Row, read_rows
+from dllm_jepa.data._sources import Row, naming, read_rows
 from dllm_jepa.data._templates import Template, TextTokenizer, format_example
 from dllm_jepa.errors import DataError
 
@@ -24,10 +24,8 @@ class Task:
     """How a row becomes a question and a response.
 
     Args:
-        system_prompt: the task's own system prompt.
         fields: fields that every row must have, all of them text.
         question: the user field of a row.
-        response_field: the field that holds the response.
         doc: what the rows are, in one sentence.
         heldout_split: the split of its hub dataset that is evaluated on.
     """
@@ -75,13 +73,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows of a task.
-
-    Args:
-        task: what stands in prompt and response.
-        rows: rows that have the task's fields.
-        source: where they come from, for messages.
-    """
+    """Rows of a task, and where they come from, for messages."""
 
     task: Task
     rows: Iterable[Row]
@@ -91,12 +83,8 @@ class Examples:
 def question_answer_builder(name: str, task: Callable[..., Task]) -> Callable[..., SequenceDataset]:
     """Make the dataset builder of a task whose rows come from a file or from the hub.
 
-    Args:
-        name: name of the builder.
-        task: makes the task; the builder takes its keyword-only arguments too.
-
-    Returns:
-        A builder with the arguments of `read_examples` and `encode_examples`.
+    It takes the keyword-only arguments of `task`, which makes the task, and those of `read_examples` and
+    `encode_examples`.
     """
     doc = TASKS[name].doc if name in TASKS else ""
     return join_builder(name, doc, encode_examples, join_builder(name, "", read_examples, task))
@@ -145,19 +133,20 @@ def encode_examples(
     Args:
         examples: reads the rows.
         tokenizer: the model's tokenizer.
-        max_seq_len: longest sequence in tokens.
+        max_seq_len: longest sequence in tokens, at least 4.
         template: `chat` (the tokenizer's chat format) or `plain` (text, for base checkpoints).
         system_prompt: in place of the task's own; "" for none; None for the task's own.
-        too_long: `truncate` or `refuse` longer sequences.
-        eos_fill: end-of-text tokens after a response; see `ExampleOptions`, also for what follows.
-        canvas_tokens: fill responses to this many tokens instead.
-        mask_prompt: whether noise may replace the prompt too.
-        shift_logits: the first token is never maskable.
-        progress: show a progress bar.
+        too_long: `truncate` longer sequences at the end (a cut response gets no end-of-text token) or `refuse` them.
+        eos_fill: trained end-of-text tokens after a response, as far as max_seq_len allows; 0 counts as 1.
+        canvas_tokens: instead of `eos_fill`, fill every response with end-of-text tokens up to this many tokens, the
+            length on which answers will be generated; a response that fills it already gets one.
+        mask_prompt: whether noise may replace the prompt too (never the bos).
+        shift_logits: the backbone scores a token from the hidden state before it; the first is then never maskable.
+        progress: show a progress bar, if stderr is a terminal.
 
     Raises:
         DataError: there is no row, or some cannot be used. A response that is blank leaves nothing maskable.
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or eos_fill and canvas_tokens are both given.
     """
     options = ExampleOptions(
         template, max_seq_len, too_long, eos_fill, canvas_tokens, mask_prompt, shift_logits, progress
@@ -166,32 +155,19 @@ def encode_examples(
     task = found.task
     system = task.system_prompt if system_prompt is None else system_prompt
 
-    def encoded() -> Iterator[tuple[list[int], list[bool], str]]:
+    def encoded() -> Iterator[tuple[list[int], list[bool], bool, str]]:
         for row in found.rows:
             response = row.values[task.response_field]
-            tokens, maskable = format_example(
-                tokenizer, system=system, question=_question(task, row), response=response, template=template
-            )
-            if response.strip():
-                yield *options.finish(tokenizer, tokens, maskable), row.name
-            else:
-                yield tokens, [False] * len(tokens), row.name
+            with naming(row):
+                question = task.question(row.values)
+            example = format_example(tokenizer, system=system, question=question, response=response, template=template)
+            yield *example, bool(response.strip()), row.name
 
-    return options.collect(encoded(), source=found.source, system_prompt=system)
-
-
-def _question(task: Task, row: Row) -> str:
-    try:
-        return task.question(row.values)
-    except DataError as error:
-        raise DataError(f"{row.name}: {error}") from error
+    return options.collect(tokenizer, encoded(), source=found.source, system_prompt=system)
 
 
 def spider_task(*, tables: str | None = None) -> Task:
-    """The Spider task, with or without the schema text of the row's database in front of the question.
-
-    Args:
-        tables: Spider's tables.json: the schema text of the row's database then stands in front of the question.
+    """The Spider task; with `tables`, Spider's tables.json, the schema text of the row's database precedes a question.
 
     Raises:
         DataError: the file cannot be read; later, from the task's `question`, a row names a database not in it.
@@ -215,17 +191,11 @@ spider = question_answer_builder("spider", spider_task)
 
 
 def read_schemas(path: str) -> dict[str, str]:
-    """Read tables.json of Spider.
-
-    Args:
-        path: a JSON list with one object per database.
+    """Read tables.json of Spider, a list with one object per database.
 
     Returns:
         Schema text by `db_id`: a line `table(column, column)` per table, in the names that queries use, and a line
         `foreign keys: table.column = table.column, ...` if there are any.
-
-    Raises:
-        DataError: the file cannot be read or is not of this form.
     """
     file = Path(path)
     try:

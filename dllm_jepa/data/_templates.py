@@ -29,22 +29,12 @@ def format_prompt(
     question: str,
     template: Template,
 ) -> list[int]:
-    r"""Encode everything that stands in front of a response.
+    r"""Token ids of everything that stands in front of a response.
 
     `chat` is the tokenizer's chat format: system message, a user and an assistant turn per shot, the question, and the
     header of the answer. `plain`, for base checkpoints, is bos (if the tokenizer has one) and
     `{system}\n\n{question}\n{response}\n\n{question}\n`, with every response encoded apart from what surrounds it, as
-    in training.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        system: system prompt; None or "" for none.
-        shots: solved examples, (question, response), in front of the question.
-        question: the question to answer.
-        template: `chat` or `plain`.
-
-    Returns:
-        Token ids of the prompt.
+    in training. Shots are solved examples, (question, response); "" or None is no system prompt.
     """
     if template == "chat":
         return tokenizer.encode_chat(_messages(system, shots, question), add_generation_prompt=True)[0]
@@ -60,13 +50,6 @@ def format_example(
     tokenizer: TextTokenizer, *, system: str | None, question: str, response: str, template: Template
 ) -> tuple[list[int], list[bool]]:
     """Encode one training example: what `format_prompt` gives, and the response behind it.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        system: system prompt; None or "" for none.
-        question: the question.
-        response: its answer.
-        template: `chat` or `plain`.
 
     Returns:
         Token ids, and `maskable` of the same length: True on the response and, in a chat, the end of its turn. There
@@ -84,10 +67,6 @@ def format_chat(tokenizer: TextTokenizer, messages: Sequence[Mapping[str, str]])
 
     What stands behind that is left out: messages that nobody answers, and the blank that some formats put after a
     turn. Seen in training, it would give away where the response ends.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        messages: at least one {"role": "system" | "user" | "assistant", "content": text}.
 
     Returns:
         Token ids, and `maskable` of the same length: True on assistant messages and the ends of their turns. Without
@@ -109,20 +88,9 @@ def close_response(
 ) -> tuple[list[int], list[bool]]:
     """Append the end-of-text tokens of the last response; they are maskable.
 
-    At least one is appended, even where it makes the sequence longer than `max_seq_len`: such a sequence is too long,
+    There are `eos_fill` of them, or as many as fill the response up to `canvas_tokens`, the length of a generation
+    canvas, and at least one, even where it makes the sequence longer than `max_seq_len`: such a sequence is too long,
     and truncating or refusing it is the caller's choice. The fill beyond the first one never does.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        tokens: ids that end with a response.
-        maskable: True on the response.
-        eos_fill: end-of-text tokens to append; 0 counts as 1.
-        canvas_tokens: fill the response up to this many tokens instead, as on a generation canvas of that length; a
-            response that fills it already gets one end-of-text token.
-        max_seq_len: longest sequence in tokens.
-
-    Returns:
-        The longer token ids and maskable.
     """
     num_eos = eos_fill
     if canvas_tokens is not None:

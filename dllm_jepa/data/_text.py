@@ -28,19 +28,9 @@ def text(
     """Documents: rows with `text`. Every token but the bos is maskable.
 
     A document is its tokens and one end-of-text token, with a bos in front if the tokenizer has one. Blank documents,
-    of which some corpora have many, are left out.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        source: a .jsonl file, or a hub dataset.
-        max_seq_len: longest sequence in tokens, bos included.
-        split: split of a hub dataset.
-        name: configuration of a hub dataset.
-        max_rows: read only the first so many documents; None for all.
-        too_long: `chunk` cuts a longer document into sequences of max_seq_len tokens and a rest, each with its own
-            bos; `truncate` keeps the first one, without end-of-text token; `refuse` refuses it.
-        shift_logits: the first token of a sequence is never maskable.
-        progress: show a progress bar.
+    of which some corpora have many, are left out. One of more than `max_seq_len` tokens, bos included, is by `too_long`
+    cut into sequences of so many tokens and a rest, each with its own bos (`chunk`), cut to the first of them, without
+    end-of-text token (`truncate`), or refused (`refuse`). All other arguments are those of `gsm8k`.
 
     Raises:
         DataError: the source or some of its rows cannot be used.
@@ -70,15 +60,9 @@ def text(
 
 
 def split_chunks(document: list[int], size: int) -> list[list[int]]:
-    """Cut a document into chunks of `size` tokens and a rest, of which none is a single token.
+    """Cut a document of two tokens or more into chunks of `size` (at least 3) and a rest, none of them a single token.
 
-    Args:
-        document: at least two token ids.
-        size: largest chunk in tokens, at least 3.
-
-    Returns:
-        The chunks in order. A rest of one token takes a second one from the chunk before it: alone it could not be
-        trained.
+    A rest of one token takes a second one from the chunk before it: alone it could not be trained.
     """
     cuts = list(range(0, len(document), size))
     if len(cuts) > 1 and len(document) - cuts[-1] == 1:

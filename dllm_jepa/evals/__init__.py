@@ -28,14 +28,7 @@ if TYPE_CHECKING:
 _WITH_TORCH: dict[str, tuple[str, ...]] = {
     "_generation_task": ("GenerationTask", "PromptFormat", "Scoring", "build_generation_task"),
     "_shots": ("Shots",),
-    "_tasks": (
-        "django_task",
-        "gsm8k_task",
-        "nlrx_task",
-        "question_answer_task",
-        "regex_pairs_task",
-        "spider_task",
-    ),
+    "_tasks": ("django_task", "gsm8k_task", "nlrx_task", "question_answer_task", "regex_pairs_task", "spider_task"),
     "heldout": ("HeldoutTask", "heldout_task"),
     "likelihood": ("conditional_log_likelihood",),
     "mmlu": ("MMLUTask", "mmlu_task"),

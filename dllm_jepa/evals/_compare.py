@@ -24,9 +24,6 @@ class PairedMeasure:
 
     Args:
         n: these items.
-        a: share of True, or mean, of A.
-        b: the same of B.
-        difference: b - a.
         interval: 95 % interval of the difference: Newcombe's for shares, bootstrap over items for means.
         both: items that are True in both; None for a measure that is a number, as are the next three.
         only_a: items that are True in A only.
@@ -50,10 +47,6 @@ class Comparison:
     """Two evaluations side by side.
 
     Args:
-        a: folder of the first one.
-        b: folder of the second one.
-        task: the task of both.
-        num_items: the items of both.
         measures: by name; those that both have and that apply to some item in both.
         warnings: what else is different between them and may be the cause, one line each.
     """
@@ -66,7 +59,7 @@ class Comparison:
     warnings: Sequence[str]
 
     def __str__(self) -> str:
-        """The comparison as text for a terminal."""
+        """Text for a terminal."""
         lines = [f"{self.task}, {self.num_items:,} items; A: {self.a}, B: {self.b}", "", paired_table(self.measures)]
         if self.warnings:
             lines += ["", "The two differ in more than the model; compare them only if that is meant:"]
@@ -105,21 +98,7 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
 def paired_measures(
     rows_a: Sequence[Mapping[str, Any]], rows_b: Sequence[Mapping[str, Any]]
 ) -> dict[str, PairedMeasure]:
-    """Compare the measures that two evaluations share.
-
-    Args:
-        rows_a: lines of generations.jsonl of the first one, in the order of the items.
-        rows_b: the same of the second one, with the same items.
-
-    Returns:
-        By the name of the measure; without those that apply to no item in both.
-
-    Raises:
-        ValueError: the items are not the same.
-        DataError: the values of a measure cannot be compared.
-    """
-    if [row["item"] for row in rows_a] != [row["item"] for row in rows_b]:
-        raise ValueError("the two evaluations have different items")
+    """The measures that evaluations of the same items share, by name; without those that apply to no item in both."""
     names = dict.fromkeys(name for row in rows_a for name in row["measures"])
     shared = {name for row in rows_b for name in row["measures"]}
     paired = {}
@@ -146,11 +125,7 @@ def _pair(name: str, pairs: Sequence[tuple[bool | float, bool | float]]) -> Pair
 
 
 def paired_table(measures: Mapping[str, PairedMeasure]) -> str:
-    """Paired measures as text, one line each.
-
-    Args:
-        measures: of `paired_measures`.
-    """
+    """Paired measures as text, one line each."""
     rows = [["measure", "items", "A", "B", "B - A", "95 % interval", "both", "only A", "only B", "p"]]
     for name, pair in measures.items():
         show = number if pair.p_value is None else percent

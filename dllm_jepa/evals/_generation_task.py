@@ -7,10 +7,9 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
-from dllm_jepa.data import Row, Task, Template, format_prompt
+from dllm_jepa.data import Row, Task, Template, format_prompt, naming
 from dllm_jepa.errors import ConfigError
 from dllm_jepa.evals._shots import Shots
-from dllm_jepa.evals._sources import naming
 from dllm_jepa.evals._task import ItemResult, Score, described, sha256_of
 from dllm_jepa.generation import Decoding
 from dllm_jepa.models import MaskedDiffusionLM, Tokenizer
@@ -40,11 +39,7 @@ class PromptFormat:
     Args:
         task: its question, and the system prompt unless another one is given.
         shots: solved examples in front of each question.
-        template: `chat` or `plain`.
         system_prompt: in place of the task's own; "" for none; None for the task's own.
-
-    Raises:
-        ValueError: `template` is something else.
     """
 
     task: Task
@@ -63,13 +58,7 @@ class PromptFormat:
         return self.task.system_prompt if self.system_prompt is None else self.system_prompt
 
     def encode(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> list[int]:
-        """Token ids in front of the response of a row.
-
-        Raises:
-            ConfigError: there are not enough shots.
-            DataError: the row cannot be used.
-            CheckpointError: the tokenizer has no chat format.
-        """
+        """Token ids in front of the response of a row."""
         question = self.task.question(row)
         shots = self.shots.before(question)
         return format_prompt(tokenizer, system=self.system, shots=shots, question=question, template=self.template)
@@ -94,13 +83,7 @@ class GenerationTask:
 
     Args:
         name: what the task is called in scores.json.
-        rows: the items.
         prompts: token ids in front of each response.
-        prompt_format: what they were made by.
-        scoring: how predictions are judged.
-        tokenizer: the model's tokenizer.
-        decoding: how responses are generated.
-        seed: seed of all random numbers.
     """
 
     name: str
@@ -118,11 +101,7 @@ class GenerationTask:
         return [len(prompt) + self.decoding.gen_length for prompt in self.prompts]
 
     def check_context(self, max_seq_len: int) -> None:
-        """Refuse prompts that do not fit into a model; see `EvalTask`.
-
-        Raises:
-            ConfigError: naming the longest one.
-        """
+        """Refuse prompts that do not fit into a model, naming the longest one; see `EvalTask`."""
         num_tokens, item = max((length, item) for item, length in enumerate(self.lengths))
         if num_tokens > max_seq_len:
             shots = "num_shots or " if self.prompt_format.shots.num_shots else ""
@@ -181,7 +160,7 @@ class GenerationTask:
         return results
 
     def _judge(self, item: int, canvas: Sequence[int], num_tokens: int, num_passes: int) -> ItemResult:
-        """The result of an item from the tokens behind its prompt, of which so many stand in front of the end."""
+        """The result of an item, of whose canvas `num_tokens` stand in front of the end."""
         row = self.rows[item]
         response = self.tokenizer.decode(canvas[:num_tokens], skip_special_tokens=False)
         prediction = self.prompt_format.cut(response)
@@ -212,16 +191,7 @@ def build_generation_task(
 ) -> GenerationTask:
     """Check the gold responses and encode the prompts, all before a model is loaded.
 
-    Args:
-        name: what the task is called in scores.json.
-        rows: the items, at least one.
-        prompt_format: what stands in front of each response.
-        scoring: how predictions are judged.
-        tokenizer: the model's tokenizer.
-        decoding: how responses are generated.
-        seed: seed of all random numbers.
-        max_items: take only the first so many; None for all.
-        progress: show a progress bar, if stderr is a terminal.
+    `name` is what the task is called in scores.json; of `rows` the first `max_items` are taken, all of them for None.
 
     Raises:
         ConfigError: there are not enough shots.

@@ -35,19 +35,16 @@ class MaskedRow:
 
 
 def draw_masked(key: str, stratum: int, num_strata: int, num_maskable: int) -> list[int]:
-    """Draw which tokens a stratum masks: a pure function of its arguments.
+    """Which of L tokens stratum k of K masks, ascending: a pure function of its arguments.
 
-    With u uniform in [0, 1), exactly l = ceil(L (k + u) / K) of the L tokens are masked, each set of that size as
-    likely as any other. Over all strata l is uniform on 1 ... L.
+    With u uniform in [0, 1), exactly l = ceil(L (k + u) / K) of the tokens are masked, each set of that size as likely
+    as any other. Over all strata l is uniform on 1 ... L.
 
     Args:
         key: names the random numbers; equal keys draw equal ones.
         stratum: k, in [0, K).
         num_strata: K.
         num_maskable: L, at least 1.
-
-    Returns:
-        l of the numbers 0 ... L - 1, ascending.
     """
     digest = hashlib.blake2b(f"{stratum} {key}".encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "big")))
@@ -66,14 +63,8 @@ def candidate_log_probs(
     The head of a bf16 model rounds its logits to 8 bits, where likely candidates often tie. So the logits of the
     candidates are computed anew in fp32; those of all other tokens, which only add up to the normalizer, stay rounded.
 
-    The head scores hidden positions only, and no forward pass has more than `MAX_MASKED_TOKENS` of them, unless a
-    single row has.
-
-    Args:
-        model: the model, in evaluation mode.
-        rows: sequences of any lengths.
-        mask_id: id of the mask token.
-        batch_size: largest number of rows in one forward pass.
+    The head scores hidden positions only. A forward pass has at most `batch_size` rows and `MAX_MASKED_TOKENS` hidden
+    tokens, unless a single row has more. The model must be in evaluation mode.
 
     Returns:
         fp32 [l, c] on the CPU for every row, in nats.

@@ -28,11 +28,7 @@ _POLL_SECONDS = 0.5
 
 
 class ResultsFolder:
-    """Results of an evaluation, on disk batch by batch.
-
-    Args:
-        path: the folder; made by `open`.
-    """
+    """Results of an evaluation, on disk batch by batch."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,8 +47,8 @@ class ResultsFolder:
             The batches that are finished, of an evaluation that is not finished as a whole.
 
         Raises:
-            LaunchError: if it holds an evaluation and `resume` does not ask to go on with it, or that was another one,
-                or it cannot be written.
+            LaunchError: it holds an evaluation and `resume` does not ask to go on with it, or that was another one, or
+                it cannot be written.
         """
         held = self._held_fingerprint()
         if held is None and (self.path / _RUN_STATUS_NAME).exists():
@@ -81,12 +77,9 @@ class ResultsFolder:
         return self._finished()
 
     def wait(self, num_batches: int) -> None:
-        """Wait until all ranks have written their batches.
+        """Wait until the batches of all ranks, `num_batches` together, are written.
 
-        They look at the files, since a collective would give up on a rank that takes much longer than the others.
-
-        Args:
-            num_batches: of the whole evaluation.
+        It looks at the files, since a collective would give up on a rank that takes much longer than the others.
         """
         while not self.is_finished and len(self._finished()) < num_batches:
             time.sleep(_POLL_SECONDS)
@@ -97,13 +90,9 @@ class ResultsFolder:
         return self.scores.exists()
 
     def append(self, rank: int, batch: int, results: Sequence[ItemResult], seconds: float) -> None:
-        """Keep a finished batch; once this returns it is never evaluated again.
+        """Keep a finished batch, and how long it took; once this returns it is never evaluated again.
 
-        Args:
-            rank: this rank, which alone writes its part.
-            batch: number of the batch.
-            results: its results.
-            seconds: time it took.
+        Each rank writes a file of its own.
         """
         record = {"batch": batch, "seconds": seconds, "rows": [result.to_json() for result in results]}
         with (self._parts / f"{rank:05d}.jsonl").open("ab+") as file:
@@ -118,14 +107,11 @@ class ResultsFolder:
     def merge(self, num_items: int) -> tuple[list[dict[str, Any]], float]:
         """Write generations.jsonl from all parts, on one rank and after the last one has written.
 
-        Args:
-            num_items: items of the whole evaluation.
-
         Returns:
             The rows in the order of the items, and the seconds of all batches together.
 
         Raises:
-            DataError: if the results of some items are not there.
+            DataError: the results of some items are not there.
         """
         if self.is_finished:
             rows = [json.loads(line) for line in self.generations.read_text(encoding="utf-8").splitlines()]
@@ -171,16 +157,7 @@ class ResultsFolder:
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """What differs between two fingerprints.
-
-    Args:
-        a: JSON values by name.
-        b: the same of another evaluation.
-        prefix: stands in front of every name.
-
-    Returns:
-        Both values by dotted name, None for one that is missing.
-    """
+    """What differs between two fingerprints: both values by dotted name, None for one that is missing."""
     found: dict[str, tuple[Any, Any]] = {}
     for key in dict.fromkeys([*a, *b]):
         of_a, of_b = a.get(key), b.get(key)

@@ -13,18 +13,12 @@ _MAX_RESAMPLED = 2**20
 
 
 def wilson_interval(num_correct: int, n: int, z: float = Z_95) -> tuple[float, float]:
-    """Score interval of a share; unlike the textbook one it holds near 0 and 1.
+    """Score interval of a share, whose bounds lie in [0, 1]; unlike the textbook one it holds near 0 and 1.
 
     Args:
         num_correct: successes, in [0, n].
         n: trials, at least 1.
         z: two-sided point of the normal distribution.
-
-    Returns:
-        Bounds, each in [0, 1].
-
-    Raises:
-        ValueError: a count is out of range.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
@@ -38,18 +32,13 @@ def wilson_interval(num_correct: int, n: int, z: float = Z_95) -> tuple[float, f
 
 
 def mcnemar(b: int, c: int) -> float:
-    """McNemar's test in its exact form: could two sets of paired answers differ so much by chance?
+    """McNemar's exact test: the two-sided p that two sets of paired answers differ so much by chance.
+
+    That is twice the smaller tail of a binomial distribution with b + c trials and probability 1/2, at most 1.
 
     Args:
         b: items that only the first one has right.
         c: items that only the second one has right.
-
-    Returns:
-        Two-sided p, in [0, 1]: twice the smaller tail of a binomial distribution with b + c trials and probability
-        1/2, at most 1; 1 without any such item.
-
-    Raises:
-        ValueError: a count is negative.
     """
     if min(b, c) < 0:
         raise ValueError(f"counts must not be negative, got {b} and {c}")
@@ -73,12 +62,6 @@ def newcombe_interval(both: int, only_a: int, only_b: int, neither: int, z: floa
         only_b: items that only the second one has right.
         neither: items that none has right.
         z: two-sided point of the normal distribution.
-
-    Returns:
-        Bounds, each in [-1, 1].
-
-    Raises:
-        ValueError: a count is negative, or all are 0.
 
     Source: Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions based on
     paired data", method 10: Wilson's intervals, joined with a continuity-corrected correlation.
@@ -106,17 +89,6 @@ def newcombe_interval(both: int, only_a: int, only_b: int, neither: int, z: floa
 
 def bootstrap_interval(values: Sequence[float], *, seed: int = 0, num_draws: int = 10_000) -> tuple[float, float]:
     """95 % percentile interval of a mean, from means of values drawn anew with replacement.
-
-    Args:
-        values: finite numbers, at least one.
-        seed: seed of the draws.
-        num_draws: means to draw, at least 1.
-
-    Returns:
-        The 2.5 % and 97.5 % points of the drawn means.
-
-    Raises:
-        ValueError: there is no value, or one is not finite.
 
     Source: Efron & Tibshirani 1993, "An introduction to the bootstrap", chapter 13.
     """

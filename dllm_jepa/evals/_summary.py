@@ -9,10 +9,7 @@ from dllm_jepa.evals._statistics import bootstrap_interval, wilson_interval
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Scores with their number of items and 95 % intervals.
-
-    Args:
-        rows: lines of generations.jsonl, as `ItemResult.to_json` writes them.
+    """Scores of the lines of generations.jsonl, with their number of items and 95 % intervals.
 
     Returns:
         By the name of the measure, in the order of the rows: of True and False `score` (the share of True), `n`,
@@ -37,15 +34,7 @@ def is_measure(value: object) -> bool:
 
 
 def values_of(name: str, rows: Sequence[Mapping[str, Any]]) -> list[bool | float | None]:
-    """A measure of all items, None where it does not apply.
-
-    Args:
-        name: the measure.
-        rows: lines of generations.jsonl.
-
-    Raises:
-        DataError: see `summarize`.
-    """
+    """A measure of all items, None where it does not apply."""
     values = [row["measures"].get(name) for row in rows]
     for row, value in zip(rows, values, strict=True):
         if not is_measure(value):
@@ -68,11 +57,7 @@ def _summarize(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """A summary as text, one line per measure.
-
-    Args:
-        summary: of `summarize`.
-    """
+    """The result of `summarize` as text, one line per measure."""
     rows = [["measure", "score", "95 % interval", "items"]]
     for name, measure in summary.items():
         show = percent if "score" in measure else number
@@ -94,11 +79,7 @@ def remark_lines(remarks: Mapping[str, Any]) -> list[str]:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as text in columns: the first to the left, the others to the right.
-
-    Args:
-        rows: cells, as many in each row; the first row holds the headings.
-    """
+    """Rows of cells as text in columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:

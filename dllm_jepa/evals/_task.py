@@ -74,9 +74,6 @@ class EvalTask(Protocol):
     def check_context(self, max_seq_len: int) -> None:
         """Refuse items that do not fit into a model; called before its weights are loaded.
 
-        Args:
-            max_seq_len: context of the model in tokens.
-
         Raises:
             ConfigError: naming the longest item and what to do.
         """
@@ -89,13 +86,7 @@ class EvalTask(Protocol):
         """
 
     def evaluate(self, model: "MaskedDiffusionLM", items: Sequence[int], *, batch_size: int) -> list[ItemResult]:
-        """Results of some items, in their order.
-
-        Args:
-            model: the model, in evaluation mode, on its device.
-            items: numbers of the items, each in [0, len(lengths)).
-            batch_size: rows in one forward pass.
-        """
+        """Results of some items, in their order, with `batch_size` rows in one forward pass."""
 
     def remarks(self) -> dict[str, Any]:
         """What a reader of the scores has to know, such as the score of the best constant answer (JSON values)."""
@@ -127,14 +118,7 @@ class RunningScores:
 
 
 def sha256_of(values: Iterable[Any]) -> str:
-    """A hash of JSON values in their order.
-
-    Args:
-        values: such as the rows of a dataset.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """A hash of JSON values in their order, such as the rows of a dataset."""
     digest = hashlib.sha256()
     for value in values:
         # No JSON value has a line feed outside of quotes, where it is written as an escape.
@@ -143,14 +127,9 @@ def sha256_of(values: Iterable[Any]) -> str:
 
 
 def described(value: object) -> Any:
-    """Settings as JSON values.
+    """A dataclass as a JSON object, and what is none as it is.
 
-    Args:
-        value: a dataclass, of which the fields may be dataclasses, or a JSON value.
-
-    Returns:
-        An object with the fields of the dataclass and, as `kind`, the name of its class, since two kinds may have the
-        same fields; or the value itself.
+    `kind` is the name of its class, since two kinds may have the same fields.
     """
     if not is_dataclass(value):
         return value

@@ -11,13 +11,12 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from dllm_jepa.data import TASKS, Row, Task, Template, generate_regex_pairs, join_builder
+from dllm_jepa.data import TASKS, Row, Task, Template, generate_regex_pairs, join_builder, read_rows
 from dllm_jepa.data import spider_task as spider_questions
 from dllm_jepa.errors import ConfigError
 from dllm_jepa.evals import django, gsm8k, nlrx, spider
 from dllm_jepa.evals._generation_task import GenerationTask, PromptFormat, Scoring, build_generation_task
-from dllm_jepa.evals._shots import ShotOrder, Shots
-from dllm_jepa.evals._sources import Sources, solve
+from dllm_jepa.evals._shots import ShotOrder, Shots, in_order, read_solved, solve
 from dllm_jepa.evals._task import Score, sha256_of
 from dllm_jepa.evals.nlrx import Dialect
 from dllm_jepa.generation import Decoding
@@ -33,9 +32,6 @@ def question_answer_task(
         task_name: what the task is called in scores.json.
         task: makes the task; the builder takes its keyword-only arguments too.
         scoring: makes, from the items, how predictions are judged; the same for its keyword-only arguments.
-
-    Returns:
-        A builder with the arguments of `build_question_answer_task`.
     """
     doc = TASKS[task_name].doc if task_name in TASKS else ""
     return join_builder(f"{task_name}_task", doc, build_question_answer_task, lambda: task_name, task, scoring)
@@ -89,9 +85,11 @@ def build_question_answer_task(
         ValueError: an argument is out of range.
     """
     made = make_task()
-    sources = Sources(source, split or made.heldout_split, name, shots_source, shots_split)
-    rows = sources.read_items(made)
-    examples = sources.read_shots(made, num_shots, shots, seed)
+    rows = list(read_rows(source, fields=made.fields, split=split or made.heldout_split, name=name))
+    solved, where = read_solved(
+        made.fields, num_shots, source=source, name=name, shots_source=shots_source, shots_split=shots_split
+    )
+    examples = Shots(solve(made, in_order(list(solved), shots, seed)), num_shots, where)
     prompt_format = PromptFormat(made, examples, template, system_prompt)
     parts = (make_name(), rows, prompt_format, make_scoring(rows), tokenizer, decoding)
     return build_generation_task(*parts, seed=seed, max_items=max_items, progress=progress)
@@ -114,19 +112,8 @@ def regex_pairs_task(
 ) -> GenerationTask:
     """The built-in pairs of description and regex, in the prompt of the nlrx task and scored as it is.
 
-    Args:
-        tokenizer: the model's tokenizer.
-        decoding: how responses are generated.
-        num_pairs: items; see `dllm_jepa.data.generate_regex_pairs`, also for the next ones.
-        num_shots: solved examples in front of each question: the first pairs of the training split.
-        seed: seed of all random numbers but those of the pairs.
-        max_items: evaluate only the first so many; None for all.
-        progress: show a progress bar, if stderr is a terminal.
-        data_seed: seed of the pairs.
-        split: which languages to draw from.
-        task: which classes and wordings.
-        template: `chat` or `plain`.
-        system_prompt: in place of the task's own; "" for none; None for the task's own.
+    `num_pairs`, `split`, `task` and `data_seed`, the seed of the pairs, go to `dllm_jepa.data.generate_regex_pairs`;
+    shots are the first pairs of the training split. All other arguments are those of `nlrx_task`.
 
     Raises:
         CheckpointError: the tokenizer has no chat format.
@@ -153,12 +140,7 @@ def regex_pairs_task(
 
 
 def _nlrx_scoring(rows: Sequence[Row], *, dialect: Dialect = "word_boundary") -> Scoring:
-    r"""Score regexes by `nlrx.score`.
-
-    Args:
-        rows: the items.
-        dialect: what `\b` in a regex is; see `nlrx.score`.
-    """
+    """`nlrx.score`, with the dialect that it takes."""
     return _regex_scoring(dialect, ceiling="about 0.94 on NL-RX-Synth: many of its descriptions are ambiguous")
 
 
@@ -181,31 +163,16 @@ def _regex_scoring(dialect: Dialect, **known: str) -> Scoring:
 
 
 def _spider_questions(*, tables: str | None = None, schema_in_prompt: bool = False) -> Task:
-    """Ask as in training.
-
-    Args:
-        tables: Spider's tables.json; needed for `schema_in_prompt`.
-        schema_in_prompt: put the schema text of the row's database in front of its question.
-
-    Raises:
-        ConfigError: there are no tables for it.
-    """
+    """Ask as in training; `schema_in_prompt` puts the schema text of the row's database, from `tables`, in front."""
     if schema_in_prompt and tables is None:
         raise ConfigError("task.tables: missing; with schema_in_prompt=true it must name Spider's tables.json")
     return spider_questions(tables=tables if schema_in_prompt else None)
 
 
 def _spider_scoring(rows: Sequence[Row], *, databases: str | None = None, from_code_fence: bool = False) -> Scoring:
-    """Score queries by `spider.score`.
+    """`spider.score` on `databases`, a directory with `<db_id>/<db_id>.sqlite`.
 
-    Args:
-        rows: the items.
-        databases: directory with Spider's databases, `<db_id>/<db_id>.sqlite`; needed.
-        from_code_fence: of a response with a code fence (three backticks) take what stands in the first one.
-
-    Raises:
-        ConfigError: no databases are given.
-        DataError: some are missing.
+    With `from_code_fence` only the text in the first code fence (three backticks) of a response counts, if it has one.
     """
     if databases is None:
         raise ConfigError(f"task.databases: null given, must be the directory of Spider's databases. {spider.DOWNLOAD}")

@@ -8,10 +8,7 @@ from dllm_jepa.evals._task import Score
 
 
 def gold_code(row: Mapping[str, Any]) -> str:
-    """The gold line with its white space collapsed.
-
-    Args:
-        row: with `code`, a text.
+    """The gold line, `code` of a row, with its white space collapsed.
 
     Raises:
         DataError: it is blank. Every text starts with nothing, so that any prediction would be right.
@@ -23,15 +20,10 @@ def gold_code(row: Mapping[str, Any]) -> str:
 
 
 def score(prediction: str, row: Mapping[str, Any]) -> Score:
-    """Compare a generated line with the gold one, runs of white space counting as one blank and none at the ends.
-
-    Args:
-        prediction: any text.
-        row: with `code`, the gold line.
+    """Compare a generated line with `code` of a row, runs of white space counting as one blank and none at the ends.
 
     Returns:
-        `prefix_match`, whether the prediction starts with the gold line, and `exact_match`, whether it is the gold
-        line.
+        `prefix_match`, whether the prediction starts with the gold line, and `exact_match`, whether it is that line.
 
     Raises:
         DataError: the gold line is blank.

@@ -22,10 +22,7 @@ _FLEXIBLE = re.compile(rf"(?:(?<![\w)\]])(?P<sign>{_SIGN})(?:{_DOLLAR})?+|{_DOLL
 
 
 def gold_number(row: Mapping[str, Any]) -> Decimal:
-    """The number of a gold solution, behind its `####`.
-
-    Args:
-        row: with `answer`, a text.
+    """The number behind the `####` of a gold solution, `answer` of a row.
 
     Raises:
         DataError: there is none.
@@ -37,11 +34,7 @@ def gold_number(row: Mapping[str, Any]) -> Decimal:
 
 
 def score(prediction: str, row: Mapping[str, Any]) -> Score:
-    """Compare the answer of a generated solution with the gold one, as numbers.
-
-    Args:
-        prediction: any text.
-        row: with `answer`, a solution that ends in `#### number`.
+    """Compare the answer of a generated solution with that of the gold one, `answer` of a row, as numbers.
 
     Returns:
         `strict`, on the first number that stands behind a `####` (blanks, a sign and `$` may stand between), and

@@ -33,9 +33,7 @@ class HeldoutTask:
 
     Args:
         chunks: token ids of every item, all of one length.
-        tokenizer: the model's tokenizer.
         num_strata: maskings of each chunk.
-        seed: seed of the masks.
         num_left_out: tokens behind the last whole chunk.
     """
 
@@ -51,11 +49,7 @@ class HeldoutTask:
         return [len(chunk) for chunk in self.chunks]
 
     def check_context(self, max_seq_len: int) -> None:
-        """Refuse chunks that do not fit into a model; see `EvalTask`.
-
-        Raises:
-            ConfigError: naming their length.
-        """
+        """Refuse chunks that do not fit into a model; see `EvalTask`."""
         if len(self.chunks[0]) > max_seq_len:
             raise ConfigError(
                 f"task.chunk_tokens: {len(self.chunks[0])} given, but the model's context is {max_seq_len}: lower it"

@@ -56,7 +56,15 @@ def conditional_log_likelihood(
     Source: Nie et al. 2025, "Large Language Diffusion Models", equation 6 and algorithm 3, there with independent
     draws.
     """
-    _check(model, prompts, responses, num_samples)
+    if len(prompts) != len(responses):
+        raise ValueError(f"there must be one response for each prompt, got {len(prompts)} and {len(responses)}")
+    if not all(prompts) or not all(responses):
+        raise ValueError("every prompt and every response must have at least one token")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    longest = max((len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), default=0)
+    if longest > model.sizes.max_seq_len:
+        raise ValueError(f"prompt and response have {longest} tokens, the model's context is {model.sizes.max_seq_len}")
     rows: list[MaskedRow] = []
     weights: list[list[float]] = []  # of each row's log-probability, by response
     for prompt, response in zip(prompts, responses, strict=True):
@@ -82,17 +90,3 @@ def _masks(prompt: list[int], num_tokens: int, num_samples: int, seed: int) -> t
     key = json.dumps([seed, prompt])
     masks = [draw_masked(key, stratum, num_samples, num_tokens) for stratum in range(num_samples)]
     return masks, [num_tokens / (len(mask) * num_samples) for mask in masks]
-
-
-def _check(
-    model: MaskedDiffusionLM, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], num_samples: int
-) -> None:
-    if len(prompts) != len(responses):
-        raise ValueError(f"there must be one response for each prompt, got {len(prompts)} and {len(responses)}")
-    if not all(prompts) or not all(responses):
-        raise ValueError("every prompt and every response must have at least one token")
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    longest = max((len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), default=0)
-    if longest > model.sizes.max_seq_len:
-        raise ValueError(f"prompt and response have {longest} tokens, the model's context is {model.sizes.max_seq_len}")

@@ -18,8 +18,7 @@ from tqdm import tqdm
 from dllm_jepa.data import Row, Template, check_text, format_prompt, read_rows
 from dllm_jepa.errors import CheckpointError, ConfigError, DataError
 from dllm_jepa.evals._masked_rows import MaskedRow, candidate_log_probs
-from dllm_jepa.evals._shots import Shots
-from dllm_jepa.evals._sources import Sources
+from dllm_jepa.evals._shots import Shots, read_solved
 from dllm_jepa.evals._task import ItemResult, Score, sha256_of
 from dllm_jepa.models import MaskedDiffusionLM, Tokenizer
 
@@ -36,10 +35,8 @@ class MMLUTask:
     letter among all tokens, in nats.
 
     Args:
-        questions: the items.
         prompts: token ids in front of each answer.
         letter_ids: ids of the answers A, B, ...; as many as the question with the most choices has.
-        tokenizer: the model's tokenizer.
         prompt_fingerprint: what the prompts were made from (JSON values).
     """
 
@@ -55,11 +52,7 @@ class MMLUTask:
         return [len(prompt) + 1 for prompt in self.prompts]
 
     def check_context(self, max_seq_len: int) -> None:
-        """Refuse prompts that do not fit into a model; see `EvalTask`.
-
-        Raises:
-            ConfigError: naming the longest one.
-        """
+        """Refuse prompts that do not fit into a model, naming the longest one; see `EvalTask`."""
         num_tokens, item = max((length, item) for item, length in enumerate(self.lengths))
         if num_tokens > max_seq_len:
             raise ConfigError(
@@ -118,7 +111,6 @@ class Question:
 
     Args:
         name: where it stands, for messages.
-        question: its text.
         choices: the answers to choose from, at least two.
         answer: index of the right one.
         subject: what it is about; "" if its row does not say.
@@ -181,7 +173,13 @@ def mmlu_task(
     if max_items is not None and max_items < 1:
         raise ValueError(f"max_items must be at least 1, got {max_items}")
     questions = [_question(row) for row in islice(read_rows(source, fields=_FIELDS, split=split, name=name), max_items)]
-    shots = _read_shots(Sources(source, split, name, shots_source, shots_split), num_shots)
+    rows, where = read_solved(
+        _FIELDS, num_shots, source=source, name=name, shots_source=shots_source, shots_split=shots_split
+    )
+    solved = defaultdict(list)
+    for question in map(_question, rows):
+        solved[question.subject].append((question.text(), LETTERS[question.answer]))
+    shots = {subject: Shots(pairs, num_shots, f"{where}, subject {subject!r},") for subject, pairs in solved.items()}
     for question in questions:
         if shots and question.subject not in shots:
             raise ConfigError(
@@ -190,10 +188,9 @@ def mmlu_task(
             )
     letter_ids = _letter_ids(tokenizer, template, max(len(question.choices) for question in questions))
     # None switches the bar off where there is no terminal to draw it on.
-    rows = tqdm(questions, desc="prompts of mmlu", unit=" rows", disable=None if progress else True)
-    prompts = [_prompt(tokenizer, question, shots, template) for question in rows]
-    prompt_fingerprint = {"template": template, "num_shots": num_shots}
-    return MMLUTask(questions, prompts, letter_ids, tokenizer, prompt_fingerprint)
+    bar = tqdm(questions, desc="prompts of mmlu", unit=" rows", disable=None if progress else True)
+    prompts = [_prompt(tokenizer, question, shots, template) for question in bar]
+    return MMLUTask(questions, prompts, letter_ids, tokenizer, {"template": template, "num_shots": num_shots})
 
 
 def _prompt(tokenizer: Tokenizer, question: Question, shots: Mapping[str, Shots], template: Template) -> list[int]:
@@ -225,21 +222,8 @@ def _letter_ids(tokenizer: Tokenizer, template: Template, num_letters: int) -> l
     return letter_ids
 
 
-def _read_shots(sources: Sources, num_shots: int) -> dict[str, Shots]:
-    """Solved examples by subject."""
-    rows, where = sources.read_solved(_FIELDS, num_shots)
-    solved = defaultdict(list)
-    for question in map(_question, rows):
-        solved[question.subject].append((question.text(), LETTERS[question.answer]))
-    return {subject: Shots(pairs, num_shots, f"{where}, subject {subject!r},") for subject, pairs in solved.items()}
-
-
 def _question(row: Row) -> Question:
-    """Check a row.
-
-    Raises:
-        DataError: naming the row and the field.
-    """
+    """Check a row."""
     if missing := [name for name in ("choices", "answer") if name not in row.values]:
         raise DataError(f"{row.name} has no field {', '.join(map(repr, missing))}; it has {', '.join(row.values)}")
     choices, answer, subject = row.values["choices"], row.values["answer"], row.values.get("subject")

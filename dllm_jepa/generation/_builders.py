@@ -1,7 +1,7 @@
 """The samplers of the two families, by their published settings."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, cast, get_args
 
 from dllm_jepa.generation._decoding import Decoding, count_blocks
 from dllm_jepa.generation._sampling import Sampling
@@ -69,7 +69,7 @@ def llada_decoding(
         EvenSpread(_steps_per_block(gen_length, block_length, steps)),
         Sampling(temperature, top_p, top_k),
         _REMASKING[remasking],
-        speed_up=_speed_up(threshold, factor, remasking=remasking, of=("low_confidence",)),
+        speed_up=_speed_up(threshold, factor, "remasking", remasking, ("low_confidence",)),
         cache=cache,
         cache_refresh=cache_refresh,
         cfg_scale=cfg_scale,
@@ -117,7 +117,7 @@ def dream_decoding(
     Source: DreamLM/Dream, generation_utils.py, `_sample` (Ye et al. 2025, "Dream 7B", arXiv 2508.15487).
     """
     _check_name("algorithm", algorithm, get_args(Algorithm))
-    speed_up = _speed_up(threshold, factor, algorithm=algorithm, of=("maskgit_plus", "topk_margin"))
+    speed_up = _speed_up(threshold, factor, "algorithm", algorithm, ("maskgit_plus", "topk_margin"))
     if alg_temp and (algorithm == "origin" or speed_up is not None):
         with_what = "algorithm 'origin'" if algorithm == "origin" else "threshold or factor"
         raise ValueError(f"alg_temp must be None or 0 with {with_what}, got {alg_temp}")
@@ -142,21 +142,18 @@ def _steps_per_block(gen_length: int, block_length: int, steps: int) -> int:
     return steps // num_blocks
 
 
-def _speed_up(threshold: float | None, factor: float | None, *, of: tuple[str, ...], **order: str) -> SpeedUp | None:
-    """The speed-up that was asked for, if the order of the tokens is one of those `of` which it makes sense."""
-    given: dict[str, Any] = {"threshold": threshold, "factor": factor}
-    given = {name: value for name, value in given.items() if value is not None}
-    if len(given) == 2:
+def _speed_up(
+    threshold: float | None, factor: float | None, key: str, order: str, allowed: tuple[str, ...]
+) -> SpeedUp | None:
+    """The speed-up that was asked for, if the order of the tokens, given by the argument `key`, allows it."""
+    if threshold is None and factor is None:
+        return None
+    if threshold is not None and factor is not None:
         raise ValueError(f"threshold and factor exclude each other, got {threshold} and {factor}: leave one out")
-    for name, value in given.items():
-        ((key, chosen),) = order.items()
-        if chosen not in of:
-            raise ValueError(
-                f"{name}={value} needs confidences in [0, 1]: {key} must be {' or '.join(of)}, got {chosen!r}"
-            )
-    if threshold is not None:
-        return Threshold(threshold)
-    return None if factor is None else Factor(factor)
+    if order not in allowed:
+        given = f"factor={factor}" if threshold is None else f"threshold={threshold}"
+        raise ValueError(f"{given} needs confidences in [0, 1]: {key} must be {' or '.join(allowed)}, got {order!r}")
+    return Threshold(threshold) if threshold is not None else Factor(cast(float, factor))
 
 
 def _check_name(key: str, name: str, allowed: tuple[str, ...]) -> None:

@@ -88,16 +88,7 @@ def build_rows(
     seeds: Sequence[int],
     device: torch.device | str,
 ) -> Rows:
-    """A row for every prompt, with nothing but masks on its canvas.
-
-    Args:
-        prompts: token ids, at least one per prompt.
-        gen_length: tokens of a canvas, G.
-        mask_id: id of the mask token.
-        pad_id: id of the padding.
-        seeds: a seed per prompt, or none at all.
-        device: device of the model.
-    """
+    """A row for every prompt, with nothing but masks on its canvas; `seeds` are one per prompt, or none at all."""
     sizes = [len(prompt) + gen_length for prompt in prompts]
     tokens = [
         [*prompt, *[mask_id] * gen_length, *[pad_id] * (max(sizes) - size)]
@@ -121,11 +112,6 @@ class Canvases:
         rows: those with masks left in the block.
         block: columns of the canvas that are being filled, first and one behind the last.
         left: masked tokens of the block in each of `rows`.
-
-    Args:
-        rows: a row for every prompt, in their order.
-        stop_ids: ids that end a response.
-        pad_id: what is put behind a stop id.
     """
 
     def __init__(self, rows: Rows, *, stop_ids: Collection[int], pad_id: int) -> None:
@@ -143,13 +129,9 @@ class Canvases:
         self._masked = torch.ones(len(self.left), stop - start, dtype=torch.bool, device=self.rows.tokens.device)
 
     def first_masked(self, num_columns: int) -> tuple[Tensor, Tensor]:
-        """The first columns of the block that are masked.
+        """The first masked columns of the block in their rows, int64 [B, m], and whether they are masked, bool [B, m].
 
-        Args:
-            num_columns: how many in each row, m; rows with fewer masks are filled up with columns that have a token.
-
-        Returns:
-            Where they stand in their rows, int64 [B, m], and whether they are masked, bool [B, m].
+        Rows with fewer than `num_columns` masks are filled up with columns that have a token.
         """
         offsets = (~self._masked).long().argsort(dim=1, stable=True)[:, :num_columns]
         return self.rows.lengths[:, None] + self.block[0] + offsets, self._masked.gather(1, offsets)

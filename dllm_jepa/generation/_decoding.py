@@ -67,10 +67,7 @@ class Decoding:
     surest of. A committed token stays. A prompt of n tokens needs a context of n + `gen_length` tokens.
 
     Args:
-        gen_length: tokens to generate per prompt, G.
-        block_length: tokens of a block, in [1, `gen_length`]; the last block may be shorter.
         schedule: how many tokens each step of a block commits.
-        sampling: which token is picked for a position.
         confidence: how sure a token is; a key of `CONFIDENCES`.
         alg_temp: draw the order in which tokens are committed from the softmax of the confidences divided by this; 0
             takes the highest.
@@ -78,7 +75,6 @@ class Decoding:
         cache: `none` is exact. `prefix` and `dual` feed only the canvas from the block on, or the block, and attend to
             keys and values from the start of the block elsewhere: approximate.
         cache_refresh: compute all keys and values anew every so many steps of a block too; 1 is exact.
-        cfg_scale: scale of classifier-free guidance, at least 0; 0 is without. Exact only.
 
     Raises:
         ValueError: an argument is out of range, or two do not go together.
@@ -235,8 +231,7 @@ class Decoding:
     def _fill(self, canvases: Canvases, score: Scorer, banned: "_Banned", step: int, wanted: list[int]) -> Tensor:
         """One step: score the masked tokens, pick a token for each, and commit the surest ones.
 
-        Returns:
-            bool [], whether the logits were numbers, on the device of the model.
+        Returns whether the logits were numbers, bool [] on the device of the model.
         """
         asked = [left if count else 0 for left, count in zip(canvases.left, wanted, strict=True)]
         columns, masked = canvases.first_masked(max(asked))  # [B, m]
@@ -261,15 +256,11 @@ class Decoding:
         confidence = torch.empty(given.shape[:2], dtype=torch.float32, device=given.device)
         highest = torch.empty_like(confidence)
         for part in _parts(*given.shape[:2]):
-            picked[part], confidence[part], highest[part] = self._pick_part(
-                logits.part(*part), banned.among(given), noise.part(*part)
-            )
+            of_part, part_noise = logits.part(*part), noise.part(*part)  # fp32 [b, n, V]
+            picked[part], scores = self.sampling(of_part, banned.among(given), part_noise)
+            confidence[part] = CONFIDENCES[self.confidence](scores, picked[part], part_noise)
+            highest[part] = of_part.amax(-1)  # NaN where any logit is
         return picked, confidence, highest.isfinite().all()
-
-    def _pick_part(self, logits: Tensor, banned: Tensor, noise: RowNoise) -> tuple[Tensor, Tensor, Tensor]:
-        """For logits fp32 [b, n, V]: tokens, how sure they are, and the highest logit or NaN, all [b, n]."""
-        picked, scores = self.sampling(logits, banned, noise)
-        return picked, CONFIDENCES[self.confidence](scores, picked, noise), logits.amax(-1)
 
 
 class _Banned:
@@ -311,11 +302,7 @@ def _check_finite(is_finite: Tensor) -> None:
 
 
 def count_blocks(gen_length: int, block_length: int) -> int:
-    """Blocks of a canvas, the last of which may be shorter.
-
-    Raises:
-        ValueError: if the lengths do not fit each other.
-    """
+    """Blocks of a canvas, the last of which may be shorter."""
     if gen_length < 1:
         raise ValueError(f"gen_length must be at least 1, got {gen_length}")
     if not 1 <= block_length <= gen_length:

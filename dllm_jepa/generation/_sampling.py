@@ -61,7 +61,6 @@ class Sampling:
     """Picks from softmax(logits / temperature), cut to the likeliest tokens; at temperature 0 the likeliest one.
 
     Args:
-        temperature: at least 0.
         top_p: keep the fewest likeliest tokens with more than this probability together, in (0, 1]; None keeps all.
         top_k: keep as many tokens, at least 1; None keeps all.
         sharpen_confidence: confidences are measured after temperature and cuts (Dream) instead of before (LLaDA).
@@ -156,14 +155,8 @@ CONFIDENCES: dict[str, Callable[[Tensor, Tensor, RowNoise], Tensor]] = {
 
 
 def perturbed(confidence: Tensor, temperature: float, noise: RowNoise) -> Tensor:
-    """An order drawn from the confidences: the highest k are k draws without replacement from their softmax.
+    """An order [B, m] drawn from the confidences: the highest k are k draws without replacement from their softmax.
 
-    Args:
-        confidence: [B, m].
-        temperature: above 0; the higher, the less the confidences count.
-        noise: random numbers of the step.
-
-    Returns:
-        float64 [B, m].
+    The higher the temperature, the less the confidences count.
     """
     return confidence.double() / temperature + gumbel(noise.uniform())

@@ -26,15 +26,12 @@ class Schedule(Protocol):
         """Whether `plan` draws random numbers."""
 
     def plan(self, left: Sequence[int], step: int, generators: Sequence[torch.Generator]) -> list[int]:
-        """Tokens to commit in each row at one step.
+        """Tokens to commit in each row at one step: in [0, left], and all that are left at the last step.
 
         Args:
             left: masked tokens of the block in each row.
             step: number of the step, in [0, `steps`).
             generators: random numbers of each row; empty where nothing is random.
-
-        Returns:
-            Counts in [0, left] for each row, and all that are left at the last step.
         """
 
 
@@ -42,13 +39,9 @@ class SpeedUp(Protocol):
     """Commits more than planned where the model is sure."""
 
     def may_commit(self, confidence: Tensor) -> Tensor:
-        """Which tokens may be committed at once, whatever was planned.
+        """Which tokens may be committed at once, whatever was planned: the first ones of each row, all of them masked.
 
-        Args:
-            confidence: fp32 [B, m], probabilities from the highest to the lowest, -inf for tokens that are not masked.
-
-        Returns:
-            bool [B, m], True for the first tokens of each row, never for one that is not masked.
+        The confidences, fp32 [B, m], fall from left to right; they are -inf for tokens that are not masked.
         """
 
 

@@ -94,7 +94,6 @@ class CachedScorer:
     """Feeds whole rows at the start of a block, and then only what a cache leaves to be fed.
 
     Args:
-        model: the model.
         cache: `prefix` feeds the canvas from the block on, `dual` the block alone.
         refresh: feed whole rows again every so many steps of a block; None at its start alone.
 

@@ -12,6 +12,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
 from dllm_jepa.jepa._pooling import pool
+from dllm_jepa.jepa._stochastic_rounding import own_shard
 from dllm_jepa.jepa._target_encoder import CopyBackbone
 
 
@@ -121,6 +122,4 @@ def ema_adapter_target_encoder(
 
 def _local(tensors: dict[str, Tensor]) -> list[Tensor]:
     """What this rank holds of each; every one of these operations is element by element."""
-    # Not isinstance: importing DTensor takes as long as half of torch, and one process has none.
-    parts = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors.values())
-    return [part.detach() for part in parts]
+    return [own_shard(tensor).detach() for tensor in tensors.values()]

@@ -5,7 +5,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 # Elements that are worked on at a time. A chunk needs 13 bytes per element beside the weights: 0.2 GB.
 _CHUNK = 2**24
@@ -25,12 +24,19 @@ def stochastic_lerp_(averages: list[Tensor], online: list[Tensor], weight: float
         weight: share of the distance that an average moves.
     """
     for average, target in zip(averages, online, strict=True):
-        own, own_target = (part.to_local() if isinstance(part, DTensor) else part for part in (average, target))
+        own, own_target = own_shard(average), own_shard(target)
         # A view, not reshape: of a copy, the update would be lost.
         chunks = zip(torch.split(own.view(-1), _CHUNK), torch.split(own_target.view(-1), _CHUNK), strict=True)
         update = _compiled_update() if own.is_cuda else _update  # many small kernels would take longer than the model
         for into, towards in chunks:
             update(into, towards, weight)
+
+
+def own_shard(tensor: Tensor) -> Tensor:
+    """What this rank holds of a DTensor; any other tensor as it is."""
+    # Not isinstance: importing DTensor takes half as long as torch itself, and one process has none.
+    own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return own
 
 
 def _update(into: Tensor, towards: Tensor, weight: float) -> None:

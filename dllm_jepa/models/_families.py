@@ -21,8 +21,7 @@ class Family:
     Args:
         builder: builder that takes the sizes as arguments.
         hf_names: published weight name of every parameter, by our name.
-        sizes: sizes from a published config.json; raises KeyError for a missing key, ValueError for a value that it
-            cannot take.
+        sizes: sizes from a published config.json; KeyError where a key is missing, ValueError where one is wrong.
         config: published config.json from sizes.
         tokenizer: dotted path of the function that makes the tokenizer of a checkpoint directory.
         decoding: dotted path of the builder of its decoding. A path, because `models` cannot import `generation`.
@@ -67,18 +66,8 @@ def known_tokenizers() -> list[str]:
 
 
 def find_tokenizer(path: str) -> Callable[..., Tokenizer] | None:
-    """The function of a dotted path, which may come from a file that somebody else has written.
-
-    So nothing is imported or called but what `known_tokenizers` lists. The whole path is compared: a longer one that
-    starts like one of ours leads, by way of a module's own imports, anywhere.
-
-    Args:
-        path: dotted path.
-
-    Returns:
-        The function, or None if the path is none of ours.
-    """
-    if path not in known_tokenizers():
-        return None
-    function: Callable[..., Tokenizer] = pkgutil.resolve_name(path)
+    """The function of a dotted path if `known_tokenizers` lists it, else None."""
+    # The path may come from a file of somebody else, so it is compared as a whole: one that only starts like ours
+    # leads, by way of a module's own imports, anywhere.
+    function: Callable[..., Tokenizer] | None = pkgutil.resolve_name(path) if path in known_tokenizers() else None
     return function

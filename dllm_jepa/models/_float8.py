@@ -24,16 +24,12 @@ def use_float8(module: nn.Module, *, emulate: bool = False) -> nn.Module:
     [1, O], powers of two), so that what is computed for a token does not depend on the others of its batch, and a
     token with huge values spoils no other.
 
-    Call it before the module is compiled and sharded.
+    Call it before the module is compiled and sharded; returns it.
 
     Args:
-        module: holds the linear layers; the meta device will do. What else it holds is not changed, nor are layers that
-            are called v_proj or output_proj.
+        module: holds the linear layers; the meta device will do.
         emulate: round to float8 but multiply in fp32, on any device: slower than without float8, for measuring. Else
             it takes a GPU of compute capability 8.9 or more.
-
-    Returns:
-        The module.
 
     Raises:
         ConfigError: if a layer has inputs or outputs that are no multiple of 16.

@@ -27,9 +27,6 @@ def step_flops(
         sequences: S, rows of the predictor.
         target: with the target branch, which has no gradient and no head, and the predictor.
 
-    Returns:
-        FLOPs of forward and backward.
-
     Source: PaLM, arXiv 2204.02311, appendix B.
     """
     model = trained["model"]

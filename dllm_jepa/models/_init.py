@@ -12,33 +12,25 @@ class InitialWeights:
 
     Every tensor depends on (seed, name, shape) alone, so any number of ranks, each reading its own rows, starts from
     the same model. Matrices are normal with standard deviation `std`; those that write into the residual stream are
-    divided by sqrt(2 * num_layers), so that its variance does not grow with depth (GPT-2). Scales of norms are 1 (so is
+    divided by sqrt(2 * layers), so that its variance does not grow with depth (GPT-2). Scales of norms are 1 (so is
     any other vector called weight), biases 0. Of the two matrices of a LoRA adapter the first is uniform in
     +-1/sqrt(inputs), the second 0.
 
     Args:
         module: module (the meta device will do) whose parameters are asked for.
         seed: seed of the run.
-        num_layers: transformer layers of the module.
         std: standard deviation.
     """
 
-    def __init__(self, module: nn.Module, *, seed: int, num_layers: int, std: float = 0.02) -> None:
+    def __init__(self, module: nn.Module, *, seed: int, std: float = 0.02) -> None:
         self._shapes = {name: weight.shape for name, weight in module.state_dict().items()}
         self._seed = seed
         self._std = std
-        self._residual_std = std / math.sqrt(2 * num_layers)
+        num_layers = sum(name.endswith("w2.weight") for name in self._shapes)
+        self._residual_std = std / math.sqrt(2 * max(num_layers, 1))
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """The initial value of a parameter.
-
-        Args:
-            name: parameter name.
-            rows: slice of the first dimension; None reads everything.
-
-        Returns:
-            fp32 tensor on CPU.
-        """
+        """The initial value of a parameter, or of a slice of its first dimension: fp32, on the CPU."""
         shape = self._shapes[name]
         if name.endswith("scale") or (name.endswith("weight") and len(shape) == 1):
             weights = torch.ones(shape)
@@ -48,9 +40,8 @@ class InitialWeights:
             bound = 1 / math.sqrt(shape[1])
             weights = torch.empty(shape).uniform_(-bound, bound, generator=self._generator(name))
         else:
-            generator = self._generator(name)
             std = self._residual_std if name.endswith(("output_proj.weight", "w2.weight")) else self._std
-            weights = torch.empty(shape).normal_(0.0, std, generator=generator)
+            weights = torch.empty(shape).normal_(0.0, std, generator=self._generator(name))
         return weights if rows is None else weights[rows]
 
     def fingerprint(self) -> str:

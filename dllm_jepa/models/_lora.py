@@ -180,7 +180,7 @@ class LoRAWeights:
         self._base = base
         self._dtype = dtype
         self._is_quantized = model.lora.quantize_base
-        self._adapters = InitialWeights(model, seed=seed, num_layers=model.sizes.num_layers)
+        self._adapters = InitialWeights(model, seed=seed)
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """The first value of a parameter, or of some of its rows, on CPU."""

@@ -3,12 +3,19 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import tokenizers
 
 from dllm_jepa.errors import CheckpointError
-from dllm_jepa.models.files._tokenizer_files import ADDED_TOKEN_FLAGS, BUILDER_KEY, CONFIG_NAME, TOKENIZER_NAME
+from dllm_jepa.models.files._tokenizer_files import (
+    ADDED_TOKEN_FLAGS,
+    BUILDER_KEY,
+    CONFIG_NAME,
+    TOKENIZER_NAME,
+    read_backend,
+    read_special_tokens,
+)
 
 ROLES = ("system", "user", "assistant")
 
@@ -43,6 +50,9 @@ class Tokenizer:
     builder: ClassVar[str | None] = None
     """Path of the function that makes such a tokenizer of a directory; saved beside it, so that it is found again."""
 
+    published_names: ClassVar[Mapping[str, str]] = {}
+    """The family's special tokens by argument, for checkpoints whose files do not name them."""
+
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
@@ -66,7 +76,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._keep_special_text_plain()
+        self._backend.encode_special_tokens = True
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.token_ids: list[int] = sorted(set(vocab.values()))
@@ -80,11 +90,13 @@ class Tokenizer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy in another process."""
         self.__dict__.update(state)
-        self._keep_special_text_plain()
+        self._backend.encode_special_tokens = True  # is not pickled
 
-    def _keep_special_text_plain(self) -> None:
-        # The backend forgets this switch when it is pickled or saved.
-        self._backend.encode_special_tokens = True
+    @classmethod
+    def read(cls, path: str | Path, from_vocabulary: Callable[[Path], tokenizers.Tokenizer] | None = None) -> Self:
+        """The tokenizer of a checkpoint directory; see `read_backend` and `read_special_tokens`."""
+        backend = read_backend(path, from_vocabulary)
+        return cls(backend, **read_special_tokens(Path(path), backend, cls.published_names))
 
     def agrees_with(self, other: "Tokenizer") -> bool:
         """Whether ids mean the same in both: the mask has one id, and so has every token that both name."""
@@ -92,14 +104,7 @@ class Tokenizer:
         return self.mask_id == other.mask_id and all(own[name] == others[name] for name in own.keys() & others.keys())
 
     def encode(self, text: str) -> list[int]:
-        """Encode plain text.
-
-        Args:
-            text: any text. The name of a special token inside it stays text: its id is never returned.
-
-        Returns:
-            Token ids, without bos and eos.
-        """
+        """Encode a text, without bos and eos. The name of a special token in it stays text: no such id is returned."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         for special_id in self._special_ids.intersection(ids):
             # Only a model that looks up whole words gets here, with a special token among its words: cut that in two.
@@ -111,15 +116,7 @@ class Tokenizer:
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Decode token ids; ids without a token yield nothing.
-
-        Args:
-            token_ids: ids, each >= 0.
-            skip_special_tokens: whether special tokens are left out of the text.
-
-        Returns:
-            The text. Bytes that are not UTF-8 become U+FFFD.
-        """
+        """Decode token ids, each >= 0; ids without a token yield nothing, bytes that are not UTF-8 U+FFFD."""
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def encode_chat(
@@ -163,17 +160,11 @@ class Tokenizer:
             response += [message["role"] == "assistant"] * (len(content) + 1) + [False] * (len(end_of_turn) - 1)
             ids += turn + content + end_of_turn
         if add_generation_prompt:
-            turn = header("assistant")
-            ids += turn
-            response += [False] * len(turn)
-        return ids, response
+            ids += header("assistant")
+        return ids, response + [False] * (len(ids) - len(response))
 
     def _chat_ids(self) -> list[int]:
-        """Ids of `chat_tokens`, in that order.
-
-        Raises:
-            CheckpointError: if one of them is not in the vocabulary.
-        """
+        """Ids of `chat_tokens`, in that order."""
         ids = {name: self._backend.token_to_id(name) for name in self.chat_tokens}
         if absent := [name for name, token_id in ids.items() if token_id is None]:
             raise CheckpointError(
@@ -183,11 +174,7 @@ class Tokenizer:
         return [token_id for token_id in ids.values() if token_id is not None]
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, from which the family's builder makes an equal tokenizer.
-
-        Args:
-            directory: where to write; made if it does not exist.
-        """
+        """Write tokenizer.json and tokenizer_config.json, from which the family's builder makes an equal tokenizer."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         added = self._backend.get_added_tokens_decoder()
@@ -207,11 +194,7 @@ class Tokenizer:
 
 
 def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
-    """Refuse what is not a conversation.
-
-    Raises:
-        ValueError: if there is no message, or one has an unknown role or no text.
-    """
+    """Refuse what is not a conversation with a ValueError."""
     if not messages:
         raise ValueError("messages is empty: a chat has at least one message")
     for index, message in enumerate(messages):

@@ -42,7 +42,7 @@ def check(split: Split, lengths: IntArray, capacity: int, num_ranks: int) -> lis
 
 
 @both_splits
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40),
     spare=st.integers(0, 200),
@@ -53,7 +53,7 @@ def test_every_split_holds(split: Split, lengths: list[int], spare: int, num_ran
 
 
 @both_splits
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(lengths=st.lists(st.integers(1, 60), min_size=9, max_size=40), num_ranks=st.integers(1, 9))
 def test_the_largest_share_is_enough_for_one_micro_batch_a_rank(
     split: Split, lengths: list[int], num_ranks: int
@@ -85,14 +85,14 @@ def test_packed_rounds_are_nearly_as_few_as_possible() -> None:
     """Against all ways to pack: never fewer rounds than can be, and hardly ever one more."""
     generator = np.random.default_rng(0)
     more = 0
-    for _ in range(150):
+    for _ in range(60):
         lengths = generator.integers(1, 12, size=generator.integers(1, 9))
         capacity, num_ranks = int(lengths.max() + generator.integers(0, 12)), int(generator.integers(1, 4))
         rounds = len(check(split_packed, lengths, capacity, num_ranks)) // num_ranks
         fewest = next(n for n in itertools.count(1) if fits(lengths.tolist(), capacity, n * num_ranks))
         assert fewest <= rounds <= fewest + 1
         more += rounds - fewest
-    assert more <= 3
+    assert more <= 2
 
 
 def test_exchanges_find_the_round_that_longest_first_misses() -> None:
@@ -101,7 +101,7 @@ def test_exchanges_find_the_round_that_longest_first_misses() -> None:
     assert sorted(bins) == [[0, 1], [2, 3, 4]]
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(filled=st.lists(st.lists(st.integers(1, 60), max_size=6), min_size=1, max_size=6).filter(any))
 def test_no_exchange_is_left_that_would_even_out(filled: list[list[int]]) -> None:
     """Against every move and every swap between the fullest and the emptiest micro-batch."""
@@ -127,21 +127,11 @@ def test_what_is_even_enough_is_let_be(longest: int, exchanged: bool) -> None:
 
 
 @both_splits
-def test_fewer_sequences_than_micro_batches(split: Split) -> None:
-    """Four sequences that each fill a micro-batch, on three ranks: two rounds, two ranks idle in the second."""
+def test_few_sequences(split: Split) -> None:
+    """Four that each fill a micro-batch, on three ranks: two ranks are idle in the second round; and some that fit."""
     plan = deal(check(split, np.array([10, 10, 10, 10]), 10, 3), 3)
     assert [[len(members) for members in rank] for rank in plan] == [[1, 0], [1, 0], [1, 1]]
-
-
-@both_splits
-@pytest.mark.parametrize("num_ranks", [1, 2, 8])
-def test_as_many_sequences_as_ranks(split: Split, num_ranks: int) -> None:
-    bins = check(split, np.arange(1, num_ranks + 1), 1000, num_ranks)
-    assert [len(members) for members in bins] == [1] * num_ranks
-
-
-@both_splits
-def test_one_micro_batch_when_everything_fits(split: Split) -> None:
+    assert [len(members) for members in check(split, np.arange(1, 9), 1000, 8)] == [1] * 8
     assert [sorted(members) for members in split(np.array([3, 4, 4]), 12, 1)] == [[0, 1, 2]]
 
 
@@ -161,44 +151,19 @@ def realistic_lengths(count: int) -> IntArray:
     return np.clip(drawn.round(), 8, 1024).astype(np.int64)
 
 
-@pytest.mark.parametrize("tokens_per_device", [1024, 2048, 16384])
-def test_eight_ranks_wait_little_for_each_other(tokens_per_device: int) -> None:
-    """64 sequences a step: below 3 % of the time of a step is spent waiting, were time proportional to tokens."""
-    lengths = realistic_lengths(6400)
-    plan = BatchPlan(lengths, global_batch_size=64, tokens_per_device=tokens_per_device, num_ranks=8, seed=0)
+@pytest.mark.parametrize(("tokens_per_device", "num_ranks"), [(1024, 8), (16384, 8), (8192, 512)])
+def test_ranks_wait_little_for_each_other(tokens_per_device: int, num_ranks: int) -> None:
+    """8 sequences a rank: below 3 % of the time of a step is spent waiting, were time proportional to tokens."""
+    lengths = realistic_lengths(20 * 8 * num_ranks)
+    options = {"tokens_per_device": tokens_per_device, "num_ranks": num_ranks, "seed": 0}
+    plan = BatchPlan(lengths, global_batch_size=8 * num_ranks, **options)
     busy = total = 0
-    for step in range(100):
+    for step in range(4 if num_ranks > 8 else 20):
         planned = plan.step(step)
         for side_by_side in zip(*planned.micro_batches, strict=True):
             loads = [int(lengths[planned.samples[members]].sum()) for members in side_by_side]
-            busy, total = busy + sum(loads), total + 8 * max(loads)
+            busy, total = busy + sum(loads), total + num_ranks * max(loads)
     assert 1 - busy / total < 0.03
-
-
-@pytest.mark.parametrize(("num_ranks", "global_batch_size"), [(8, 64), (1024, 16384)])
-def test_ranks_have_nearly_equal_work(num_ranks: int, global_batch_size: int) -> None:
-    """The fullest rank of a step against the mean; longest first alone: about 2 %."""
-    lengths = realistic_lengths(2 * global_batch_size)
-    plan = BatchPlan(lengths, global_batch_size=global_batch_size, tokens_per_device=8192, num_ranks=num_ranks, seed=0)
-    imbalances = []
-    for step in range(6):
-        planned = plan.step(step)
-        loads = [lengths[planned.samples[list(itertools.chain(*rank))]].sum() for rank in planned.micro_batches]
-        imbalances.append(max(loads) / np.mean(loads) - 1)
-    assert np.mean(imbalances) < 0.005
-
-
-def test_padding_in_padded_rows() -> None:
-    """Sorted lengths: with 64 sequences on one rank below 15 % of the tokens are padding; unsorted it would be 40 %."""
-    lengths = realistic_lengths(6400)
-    plan = BatchPlan(lengths, global_batch_size=64, tokens_per_device=2048, num_ranks=1, seed=0, packed=False)
-    real = processed = 0
-    for step in range(100):
-        planned = plan.step(step)
-        for members in planned.micro_batches[0]:
-            real += int(lengths[planned.samples[members]].sum())
-            processed += size(split_padded, lengths[planned.samples], members)
-    assert 1 - real / processed < 0.15
 
 
 def flatten(plan: StepPlan) -> list[int]:
@@ -243,43 +208,23 @@ def samples_of_epoch(plan: BatchPlan, epoch: int) -> list[int]:
 
 
 def test_an_epoch_takes_every_sequence_once_in_another_order() -> None:
-    plan = BatchPlan(np.full(60, 5), global_batch_size=6, tokens_per_device=10, num_ranks=2, seed=0)
+    """All but the two that do not fill a step, others in each epoch."""
+    plan = BatchPlan(np.full(62, 5), global_batch_size=6, tokens_per_device=10, num_ranks=2, seed=0)
+    assert (plan.steps_per_epoch, plan.num_left_out) == (10, 2)
     epochs = [samples_of_epoch(plan, epoch) for epoch in range(4)]
     for epoch, samples in enumerate(epochs):
-        assert sorted(samples) == list(range(60))
+        assert len(set(samples)) == len(samples) == 60 and set(samples) <= set(range(62))
         assert {plan.step(step).epoch for step in range(epoch * 10, epoch * 10 + 10)} == {epoch}
-    assert len({tuple(samples) for samples in epochs}) == 4
-    assert tuple(range(60)) not in {tuple(samples) for samples in epochs}
+    assert len({tuple(samples) for samples in epochs}) == 4 and sorted(epochs[0]) != epochs[0]
+    assert len({frozenset(samples) for samples in epochs}) > 1
 
 
-def test_the_incomplete_last_step_is_left_out() -> None:
-    plan = BatchPlan(np.full(20, 5), global_batch_size=6, tokens_per_device=10, num_ranks=1, seed=0)
-    assert (plan.steps_per_epoch, plan.num_left_out) == (3, 2)
-    left_out = [set(range(20)) - set(samples_of_epoch(plan, epoch)) for epoch in range(8)]
-    assert {len(missing) for missing in left_out} == {2}
-    assert len({frozenset(missing) for missing in left_out}) > 1
+def test_a_step_depends_on_the_seed_alone() -> None:
+    """Not on the steps before it; its samples not on ranks or memory either."""
 
-
-def test_the_order_does_not_depend_on_ranks_or_memory() -> None:
-    lengths = realistic_lengths(100)
-    choices = [(1, 1024, True), (1, 4096, True), (2, 1024, True), (7, 2000, True), (2, 1024, False)]
-    orders = []
-    for num_ranks, tokens_per_device, packed in choices:
-        plan = BatchPlan(
-            lengths,
-            global_batch_size=16,
-            tokens_per_device=tokens_per_device,
-            num_ranks=num_ranks,
-            seed=3,
-            packed=packed,
-        )
-        orders.append([plan.step(step).samples.tolist() for step in range(20)])
-    assert all(order == orders[0] for order in orders)
-
-
-def test_a_step_does_not_depend_on_the_steps_before_it() -> None:
-    def build(seed: int) -> BatchPlan:
-        return BatchPlan(realistic_lengths(50), global_batch_size=8, tokens_per_device=1024, num_ranks=2, seed=seed)
+    def build(seed: int, num_ranks: int = 2, tokens_per_device: int = 1024, packed: bool = True) -> BatchPlan:
+        options = {"num_ranks": num_ranks, "tokens_per_device": tokens_per_device, "packed": packed, "seed": seed}
+        return BatchPlan(realistic_lengths(50), global_batch_size=8, **options)
 
     forwards = build(0)
     steps = {step: forwards.step(step) for step in range(25)}
@@ -288,23 +233,19 @@ def test_a_step_does_not_depend_on_the_steps_before_it() -> None:
         fresh = build(0).step(step)
         assert np.array_equal(fresh.samples, steps[step].samples)
         assert fresh.micro_batches == steps[step].micro_batches == forwards.step(step).micro_batches
+        for other in (build(0, 1), build(0, 1, 4096), build(0, 7, 2000), build(0, 2, 1024, False)):
+            assert np.array_equal(other.step(step).samples, steps[step].samples)
     assert not np.array_equal(build(1).step(0).samples, steps[0].samples)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"global_batch_size": 3, "num_ranks": 4}, r"global_batch_size=3 is below the number of ranks \(4\)"),
-        ({"global_batch_size": 11}, "global_batch_size=11 is above the 10 sequences of the dataset: lower it"),
-        (
-            {"tokens_per_device": 30},
-            r"tokens_per_device=30 is below the longest sequence \(31 tokens, sequence 6\): raise it to at least 31",
-        ),
-    ],
-)
-def test_what_cannot_be_planned(arguments: dict[str, int], message: str) -> None:
+def test_what_cannot_be_planned() -> None:
     lengths = np.array([5, 8, 2, 9, 30, 12, 31, 4, 4, 4])
     fitting: dict[str, Any] = {"global_batch_size": 4, "tokens_per_device": 31, "num_ranks": 2, "seed": 0}
     BatchPlan(lengths, **fitting)
-    with pytest.raises(ConfigError, match=message):
-        BatchPlan(lengths, **(fitting | arguments))
+    for arguments, message in [
+        ({"global_batch_size": 3, "num_ranks": 4}, r"global_batch_size=3 is below the number of ranks \(4\)"),
+        ({"global_batch_size": 11}, "global_batch_size=11 is above the 10 sequences of the dataset: lower it"),
+        ({"tokens_per_device": 30}, r"30 is below the longest sequence \(31 tokens, sequence 6\): .* at least 31"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            BatchPlan(lengths, **(fitting | arguments))

@@ -82,18 +82,12 @@ def test_two_steps_are_read_ahead_by_another_thread_and_none_past_the_end() -> N
     assert batches.threads == {"batches_0"}
 
 
-def test_an_error_comes_to_the_step_that_it_belongs_to() -> None:
+def test_an_error_comes_to_its_step_and_the_thread_ends() -> None:
     prefetched = prefetch(Recorded(fails_at=2))
     prefetched.step(0)
     prefetched.step(1)
     with pytest.raises(ValueError, match="step 2"):
         prefetched.step(2)
-    prefetched.close()
-
-
-def test_the_thread_ends() -> None:
-    prefetched = prefetch(Recorded())
-    prefetched.step(0)
     assert any(thread.name == "batches_0" for thread in threading.enumerate())
     prefetched.close()
     assert not any(thread.name == "batches_0" for thread in threading.enumerate())

@@ -20,174 +20,112 @@ TaskName = Literal["first", "second"]
 TASKS: tuple[TaskName, ...] = ("first", "second")
 
 
+# A grammar of each task, written apart from the generator: English and regex of every construct, where C is a clause,
+# I an item, U a unit, W any word and N a number; {0} and {1} are their regexes, in the order of the English.
+GRAMMARS: dict[TaskName, dict[str, dict[str, str]]] = {
+    "first": {
+        "line": {
+            "lines C": "{0}",
+            "lines not C": "~({0})",
+            "lines C and C": "({0})&({1})",
+            "lines C or C": "({0})|({1})",
+            "lines C (?:but|and) not C": "({0})&~({1})",
+        },
+        "C": {
+            "(?:starting|beginning) with I": "{0}.*",
+            "(?:ending|finishing) with I": ".*{0}",
+            "(?:made|consisting) of I": "{0}",
+            "(?:containing|with) I": ".*{0}.*",
+            "containing I followed by I": ".*{0}.*{1}.*",
+            "with I before I": ".*{0}.*{1}.*",
+            "containing I directly followed by I": ".*{0}{1}.*",
+            "with I right before I": ".*{0}{1}.*",
+        },
+        "I": {
+            "U": "{0}",
+            "either U or U": "({0}|{1})",
+            "U once or more": "{0}+",
+            "U N or more times": "{0}{{{1},}}",
+            "U exactly N times": "{0}{{{1}}}",
+        },
+        "U": {
+            "a number": "[0-9]",
+            "a capital letter": "[A-Z]",
+            "a lower-case letter": "[a-z]",
+            "a letter": "[A-Za-z]",
+            "a vowel": "[AEIOUaeiou]",
+            "the string W": "{0}",
+        },
+    },
+    "second": {
+        "line": {
+            "rows where C": "{0}",
+            "rows where it is false that C": "~({0})",
+            "rows where both C and C": "({0})&({1})",
+            "rows where neither C nor C": "~(({0})|({1}))",
+            "rows where C unless C": "({0})&~({1})",
+        },
+        "C": {
+            "there is nothing but I": "{0}",
+            "(?:there is I|I occurs)": ".*{0}.*",
+            "(?:there is I|I occurs) as a word": ".*\\b{0}\\b.*",
+            "I comes first": "{0}.*",
+            "I comes last": ".*{0}",
+            "I occurs before I": ".*{0}.*{1}.*",
+            "I occurs after I": ".*{1}.*{0}.*",
+            "I comes right before I": ".*{0}{1}.*",
+            "I comes right after I": ".*{1}{0}.*",
+        },
+        "I": {
+            "U": "{0}",
+            "one of U and U": "({0}|{1})",
+            "one or more copies of U": "{0}+",
+            "N or more copies of U": "{1}{{{0},}}",
+            "exactly N copies of U": "{1}{{{0}}}",
+        },
+        "U": {
+            "a digit": r"\d",
+            "a blank": r"\s",
+            "a punctuation mark": "[.,;:!?]",
+            "a consonant": "[b-df-hj-np-tv-z]",
+            "a capital vowel": "[AEIOU]",
+            "the text W": "{0}",
+        },
+    },
+}
+
+
 class Reader:
-    """A deterministic parser of the descriptions, written apart from the generator: words in, regex out.
+    """Reads descriptions of a task; one that it reads has no other reading."""
 
-    It never looks back, so a description that it reads has that one reading.
-    """
+    def __init__(self, task: TaskName) -> None:
+        self.grammar = GRAMMARS[task]
+        self.patterns = {"W": "[a-z]+", "N": "[0-9]+"}
+        self.rules: dict[str, list[tuple[re.Pattern[str], str, str]]] = {}
+        for level in ("U", "I", "C", "line"):
+            rules = self.grammar[level].items()
+            self.rules[level] = [
+                (re.compile(self.expand(english, "({})")), "".join(re.findall("[CIUWN]", english)), form)
+                for english, form in rules
+            ]
+            self.patterns[level] = "|".join(self.expand(english, "(?:{})") for english, _ in rules)
 
-    def __init__(self, description: str) -> None:
-        self.words = description.split(" ")
+    def expand(self, english: str, group: str) -> str:
+        return re.sub("[CIUWN]", lambda found: group.format(self.patterns[found[0]]), english)
 
-    def skip(self, phrase: str) -> bool:
-        """Take these words if they are next."""
-        words = phrase.split(" ")
-        if self.words[: len(words)] != words:
-            return False
-        del self.words[: len(words)]
-        return True
-
-    def one_of(self, *phrases: str) -> bool:
-        return any([self.skip(phrase) for phrase in phrases])
-
-    def need(self, phrase: str) -> None:
-        assert self.skip(phrase), f"expected {phrase!r} before {self.words}"
-
-    def unit(self) -> str:
-        for phrase, regex in self.classes.items():
-            if self.skip(phrase):
-                return regex
-        self.need(self.word_phrase)
-        return self.words.pop(0)
-
-    classes: dict[str, str]
-    word_phrase: str
-
-    def line(self) -> str:
-        raise NotImplementedError
-
-    def read(self) -> str:
-        regex = self.line()
-        assert not self.words, f"left over: {self.words}"
+    def read(self, text: str, level: str = "line") -> str:
+        if level in "WN":
+            return text
+        readings = []
+        for pattern, parts, form in self.rules[level]:
+            if found := pattern.fullmatch(text):
+                given = [part for part in zip(found.groups(), parts, strict=True) if part[0] is not None]
+                regexes = [self.read(*part) for part in given]
+                if level == "I" and form != "{0}" and "|" not in form:  # only a repeated word needs parentheses
+                    regexes = [f"({regex})" if regex in WORDS else regex for regex in regexes]
+                readings.append(form.format(*regexes))
+        (regex,) = readings
         return regex
-
-
-def repeated(unit: str, suffix: str) -> str:
-    return (f"({unit})" if unit in WORDS else unit) + suffix
-
-
-class FirstReader(Reader):
-    word_phrase = "the string"
-    classes = {
-        "a number": "[0-9]",
-        "a capital letter": "[A-Z]",
-        "a lower-case letter": "[a-z]",
-        "a letter": "[A-Za-z]",
-        "a vowel": "[AEIOUaeiou]",
-    }
-
-    def line(self) -> str:
-        self.need("lines")
-        if self.skip("not"):
-            return f"~({self.clause()})"
-        first = self.clause()
-        if self.one_of("but not", "and not"):
-            return f"({first})&~({self.clause()})"
-        if self.skip("and"):
-            return f"({first})&({self.clause()})"
-        if self.skip("or"):
-            return f"({first})|({self.clause()})"
-        return first
-
-    def clause(self) -> str:
-        if self.one_of("starting with", "beginning with"):
-            return f"{self.item()}.*"
-        if self.one_of("ending with", "finishing with"):
-            return f".*{self.item()}"
-        if self.one_of("made of", "consisting of"):
-            return self.item()
-        assert self.one_of("containing", "with")
-        first = self.item()
-        if self.one_of("followed by", "before"):
-            return f".*{first}.*{self.item()}.*"
-        if self.one_of("directly followed by", "right before"):
-            return f".*{first}{self.item()}.*"
-        return f".*{first}.*"
-
-    def item(self) -> str:
-        if self.skip("either"):
-            first = self.unit()
-            self.need("or")
-            return f"({first}|{self.unit()})"
-        unit = self.unit()
-        if self.skip("once or more"):
-            return repeated(unit, "+")
-        if self.skip("exactly"):
-            times = self.words.pop(0)
-            self.need("times")
-            return repeated(unit, f"{{{times}}}")
-        if self.words and self.words[0].isdigit():
-            times = self.words.pop(0)
-            self.need("or more times")
-            return repeated(unit, f"{{{times},}}")
-        return unit
-
-
-class SecondReader(Reader):
-    word_phrase = "the text"
-    classes = {
-        "a digit": r"\d",
-        "a blank": r"\s",
-        "a punctuation mark": "[.,;:!?]",
-        "a consonant": "[b-df-hj-np-tv-z]",
-        "a capital vowel": "[AEIOU]",
-    }
-
-    def line(self) -> str:
-        self.need("rows where")
-        if self.skip("it is false that"):
-            return f"~({self.clause()})"
-        for before, between, form in (("both", "and", "({})&({})"), ("neither", "nor", "~(({})|({}))")):
-            if self.skip(before):
-                first = self.clause()
-                self.need(between)
-                return form.format(first, self.clause())
-        first = self.clause()
-        return f"({first})&~({self.clause()})" if self.skip("unless") else first
-
-    def clause(self) -> str:
-        if self.skip("there is nothing but"):
-            return self.item()
-        if self.skip("there is"):
-            return self.whole_word(self.item())
-        item = self.item()
-        if self.skip("comes first"):
-            return f"{item}.*"
-        if self.skip("comes last"):
-            return f".*{item}"
-        if self.skip("comes right before"):
-            return f".*{item}{self.item()}.*"
-        if self.skip("comes right after"):
-            return f".*{self.item()}{item}.*"
-        self.need("occurs")
-        if self.skip("before"):
-            return f".*{item}.*{self.item()}.*"
-        if self.skip("after"):
-            return f".*{self.item()}.*{item}.*"
-        return self.whole_word(item)
-
-    def whole_word(self, item: str) -> str:
-        return f".*\\b{item}\\b.*" if self.skip("as a word") else f".*{item}.*"
-
-    def item(self) -> str:
-        if self.skip("one of"):
-            first = self.unit()
-            self.need("and")
-            return f"({first}|{self.unit()})"
-        if self.skip("exactly"):
-            times = self.words.pop(0)
-            self.need("copies of")
-            return repeated(self.unit(), f"{{{times}}}")
-        if self.skip("one or more copies of"):
-            return repeated(self.unit(), "+")
-        if self.words[0].isdigit():
-            times = self.words.pop(0)
-            self.need("or more copies of")
-            return repeated(self.unit(), f"{{{times},}}")
-        return self.unit()
-
-
-READERS: dict[TaskName, type[Reader]] = {"first": FirstReader, "second": SecondReader}
 
 
 def pairs(
@@ -198,13 +136,14 @@ def pairs(
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_description_has_one_reading(task: TaskName) -> None:
-    for pair in pairs(3000, task=task) + pairs(500, split="heldout", seed=1, task=task):
-        assert READERS[task](pair["description"]).read() == pair["regex"], pair["description"]
+    reader = Reader(task)
+    for pair in pairs(700, task=task) + pairs(100, split="heldout", seed=1, task=task):
+        assert reader.read(pair["description"]) == pair["regex"], pair["description"]
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_no_language_is_empty_or_accepts_everything(task: TaskName) -> None:
-    for pair in pairs(250, seed=2, task=task):
+    for pair in pairs(100, seed=2, task=task):
         assert not is_empty(pair["regex"]) and not is_empty(f"~({pair['regex']})"), pair
 
 
@@ -219,7 +158,7 @@ def test_joined_clauses_are_more_than_one_of_them(task: TaskName) -> None:
     for kind, form in forms.items():
         joined = [(a, b) for a, b in itertools.permutations(clauses, 2) if may_join(kind, a, b)]
         assert len(joined) > 200
-        for a, b in random.Random(1).sample(joined, 60):
+        for a, b in random.Random(1).sample(joined, 25):
             line = form.format(a.regex(), b.regex())
             for simpler in (a.regex(), b.regex()):
                 if (kind, simpler) != ("but_not", b.regex()):
@@ -280,39 +219,39 @@ def test_splits_share_no_language_whatever_the_size_seed_or_task() -> None:
     for swapped in ("(.*(dog|[0-9]))&(a.*)", "(a.*)&(.*([0-9]|dog))"), ("~((b)|(.*a))", "~((.*a)|(b))"):
         assert len({*swapped}) == 2 and len({*map(without_order, swapped)}) == 1
     train = {
-        without_order(pair["regex"]) for task in TASKS for seed in (0, 1) for pair in pairs(4000, seed=seed, task=task)
+        without_order(pair["regex"]) for task in TASKS for seed in (0, 1) for pair in pairs(2000, seed=seed, task=task)
     }
     heldout = {
         without_order(pair["regex"])
         for task in TASKS
-        for seed, num_pairs in ((0, 100), (1, 1500), (7, 600))
+        for seed, num_pairs in ((0, 100), (1, 700))
         for pair in pairs(num_pairs, seed=seed, split="heldout", task=task)
     }
-    assert len(train) > 9000 and len(heldout) > 2500
+    assert len(train) > 4500 and len(heldout) > 1000
     assert not train & heldout
 
 
 def test_no_heldout_language_is_in_the_training_set_under_another_text() -> None:
     # Two languages of one fingerprint have the same short lines; only those are compared in full.
     train: dict[int, list[Language]] = {}
-    for pair in pairs(500) + pairs(300, task="second"):
+    for pair in pairs(200) + pairs(120, task="second"):
         language = read_language(pair["regex"], dialect="word_boundary")
         train.setdefault(language.fingerprint(), []).append(language)
     num_compared = 0
-    for pair in pairs(120, split="heldout") + pairs(80, split="heldout", task="second"):
+    for pair in pairs(60, split="heldout") + pairs(40, split="heldout", task="second"):
         language = read_language(pair["regex"], dialect="word_boundary")
         for other in train.get(language.fingerprint(), []):
             assert not language.equals(other), pair
             num_compared += 1
-    assert len(train) > 400 and num_compared > 10
+    assert len(train) > 150 and num_compared > 3
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_thousands_of_pairs_on_a_small_canvas(task: TaskName) -> None:
     tokenizer = tiny_tokenizer()
-    made = pairs(6000, task=task)
-    assert len({pair["description"] for pair in made}) == 6000
-    assert len({pair["regex"] for pair in made}) > 4500
+    made = pairs(2000, task=task)
+    assert len({pair["description"] for pair in made}) == 2000
+    assert len({pair["regex"] for pair in made}) > 1500
     # The end of the turn and of the text must fit too.
     assert max(len(tokenizer.encode(pair["regex"])) for pair in made) <= 24 - 2
     assert max(len(tokenizer.encode(pair["description"])) for pair in made) <= 28

@@ -110,16 +110,14 @@ def test_prompts_of_all_tasks(tmp_path: Path) -> None:
         assert dataset.source == source
 
 
-@pytest.mark.parametrize(
-    ("system_prompt", "chat_prompt", "plain_prompt"),
-    [("", "^Ua dog;_A", "^a dog\n"), ("Go.", "^SGo.;_Ua dog;_A", "^Go.\n\na dog\n")],
-)
-def test_system_prompt_in_place_of_the_tasks_own(
-    tmp_path: Path, system_prompt: str, chat_prompt: str, plain_prompt: str
-) -> None:
-    assert shown(build_nlrx(tmp_path, system_prompt=system_prompt))[0] == f"{chat_prompt}(a|dog);$"
-    plain = build_nlrx(tmp_path, system_prompt=system_prompt, template="plain")
-    assert shown(plain)[0] == f"{plain_prompt}(a|dog)$"
+def test_system_prompt_in_place_of_the_tasks_own(tmp_path: Path) -> None:
+    for asked, chat_prompt, plain_prompt in (
+        ("", "^Ua dog;_A", "^a dog\n"),
+        ("Go.", "^SGo.;_Ua dog;_A", "^Go.\n\na dog\n"),
+    ):
+        assert shown(build_nlrx(tmp_path, system_prompt=asked))[0] == f"{chat_prompt}(a|dog);$"
+        plain = build_nlrx(tmp_path, system_prompt=asked, template="plain")
+        assert shown(plain)[0] == f"{plain_prompt}(a|dog)$"
 
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
@@ -177,26 +175,16 @@ def test_truncated_response_has_no_end_of_text_token(tmp_path: Path) -> None:
         dataset = build_nlrx(tmp_path, max_seq_len=max_seq_len, eos_fill=4)
         assert shown(dataset) == (kept, "." * 10 + kept[10:])
         assert dataset.num_truncated == 1
-
-
-def test_nothing_left_after_truncation_names_the_row(tmp_path: Path) -> None:
-    long = {"description": "a very long description", "regex": "x"}
-    with pytest.raises(DataError) as caught:
-        build_nlrx(tmp_path, PAIR, long, max_seq_len=20)
-    assert "1 row cannot be used\n  rows.jsonl line 2: no maskable token is left of its 31 tokens" in str(caught.value)
-
-
-def test_too_long_refused(tmp_path: Path) -> None:
     assert len(build_nlrx(tmp_path, max_seq_len=19, too_long="refuse")) == 1
     with pytest.raises(DataError, match="rows.jsonl line 1: 19 tokens, above max_seq_len 18"):
         build_nlrx(tmp_path, max_seq_len=18, too_long="refuse")
 
 
-@pytest.mark.parametrize("mask_prompt", [False, True])
-def test_blank_response_leaves_nothing_maskable(tmp_path: Path, mask_prompt: bool) -> None:
+def test_blank_response_leaves_nothing_maskable(tmp_path: Path) -> None:
     rows = (PAIR, {"description": "a cat", "regex": " \n"})
-    with pytest.raises(DataError, match="rows.jsonl line 2: no maskable token: there is no response to train on"):
-        build_nlrx(tmp_path, *rows, mask_prompt=mask_prompt)
+    for mask_prompt in (False, True):
+        with pytest.raises(DataError, match="rows.jsonl line 2: no maskable token: there is no response to train on"):
+            build_nlrx(tmp_path, *rows, mask_prompt=mask_prompt)
 
 
 def test_masking_the_prompt_spares_the_bos(tmp_path: Path) -> None:
@@ -208,20 +196,18 @@ def test_masking_the_prompt_spares_the_bos(tmp_path: Path) -> None:
     assert shown(shifted)[1] == ". dog\n(a|dog)$"
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
+def test_bad_options(tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"template": "alpaca"}, "template must be one of chat, plain, got 'alpaca'"),
         ({"too_long": "chunk"}, "too_long must be one of truncate, refuse, got 'chunk'"),
         ({"max_seq_len": 3}, "max_seq_len must be at least 4 tokens, got 3"),
         ({"eos_fill": -1}, "eos_fill must be 0 or more tokens, got -1"),
         ({"canvas_tokens": 0}, "canvas_tokens must be 1 or more tokens, got 0"),
         ({"eos_fill": 2, "canvas_tokens": 8}, "eos_fill=2 and canvas_tokens=8 exclude each other"),
-    ],
-)
-def test_bad_options(tmp_path: Path, options: dict[str, Any], expected: str) -> None:
-    with pytest.raises(ValueError, match=expected):
-        build_nlrx(tmp_path, **options)
+    ]
+    for options, expected in cases:
+        with pytest.raises(ValueError, match=expected):
+            build_nlrx(tmp_path, **options)
 
 
 def test_datasets_know_the_prompt_they_were_encoded_with(tmp_path: Path) -> None:
@@ -258,12 +244,12 @@ def test_builders_show_their_arguments_with_types_and_ranges(builder: Callable[.
         builder(TOKENIZER, max_seq_len=9, tabels=None, **needed)
 
 
-@pytest.mark.parametrize("builder", [gsm8k, nlrx, spider, django])
-def test_each_task_names_the_fields_it_misses(tmp_path: Path, builder: Callable[..., SequenceDataset]) -> None:
+def test_each_task_names_the_fields_it_misses(tmp_path: Path) -> None:
     source = jsonl(tmp_path, {"id": 1})
-    fields = ", ".join(map(repr, TASKS[builder.__name__].fields))
-    with pytest.raises(DataError, match=f"rows.jsonl line 1 has no field {fields}; it has the fields 'id'"):
-        builder(TOKENIZER, source=source, max_seq_len=64)
+    for builder in (gsm8k, nlrx, spider, django):
+        fields = ", ".join(map(repr, TASKS[builder.__name__].fields))
+        with pytest.raises(DataError, match=f"rows.jsonl line 1 has no field {fields}; it has the fields 'id'"):
+            builder(TOKENIZER, source=source, max_seq_len=64)
 
 
 DATABASE = {
@@ -296,31 +282,21 @@ def test_schema_text_stands_before_the_question(tmp_path: Path) -> None:
     assert shown(dataset, 1)[0] == "^For db_id:[empty]\n\npets()\nowners()\n\nHow many pets?\nSELECT 1$"
 
 
-def test_unknown_database_is_named(tmp_path: Path) -> None:
-    tables = write_tables(tmp_path, [DATABASE])
-    source = jsonl(tmp_path, PETS, PETS | {"db_id": "cars_1"})
+def test_broken_tables(tmp_path: Path) -> None:
+    source = jsonl(tmp_path, PETS)
+    for content, expected in [
+        ("[", ".*tables.json is not JSON: "),
+        ({"db_id": "pets_1"}, ".*tables.json must hold a list of databases, not a dict"),
+        ([DATABASE, 3], ".*tables.json: database 1 is not of Spider's form"),
+        ([DATABASE | {"foreign_keys": [[2, 99]]}], ".*tables.json: database 0 is not of Spider's form"),
+        (None, ".*none.json does not exist"),
+    ]:
+        tables = write_tables(tmp_path, content) if content else str(tmp_path / "none.json")
+        with pytest.raises(DataError, match=f"tables file {expected}"):
+            spider(TOKENIZER, source=source, max_seq_len=300, tables=tables)
+    source, tables = jsonl(tmp_path, PETS, PETS | {"db_id": "cars_1"}), write_tables(tmp_path, [DATABASE])
     with pytest.raises(DataError, match=r"rows.jsonl line 2: db_id 'cars_1' is not among the 1 databases of .*tables"):
         spider(TOKENIZER, source=source, max_seq_len=300, tables=tables)
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ("[", "is not JSON: "),
-        ({"db_id": "pets_1"}, "must hold a list of databases, not a dict"),
-        ([DATABASE, 3], "database 1 is not of Spider's form"),
-        ([DATABASE | {"foreign_keys": [[2, 99]]}], "database 0 is not of Spider's form"),
-    ],
-)
-def test_broken_tables(tmp_path: Path, content: object, expected: str) -> None:
-    tables = write_tables(tmp_path, content)
-    with pytest.raises(DataError, match=f"tables file .*tables.json:? {expected}"):
-        spider(TOKENIZER, source=jsonl(tmp_path, PETS), max_seq_len=300, tables=tables)
-
-
-def test_missing_tables(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="tables file .*none.json does not exist"):
-        spider(TOKENIZER, source=jsonl(tmp_path, PETS), max_seq_len=300, tables=str(tmp_path / "none.json"))
 
 
 def said(*turns: str) -> dict[str, list[dict[str, str]]]:
@@ -342,42 +318,32 @@ def test_all_assistant_turns_are_maskable(tmp_path: Path) -> None:
     assert shown(masked) == ("^Sbe kind;_Uhi;_Ahello;_Umore;_Abye;$", ".Sbe kind;_Uhi;_Ahello;_Umore;_Abye;$")
 
 
-def test_messages_that_nobody_answers_are_left_out(tmp_path: Path) -> None:
-    dataset = build_chat(tmp_path, said("U hi", "A hello", "U more"))
-    assert shown(dataset)[0] == "^Uhi;_Ahello;$"
+def test_system_prompt_and_end_of_a_chat(tmp_path: Path) -> None:
+    """Messages that nobody answers are left out."""
+    row = said("S old", "U hi", "A yo", "U more")
+    for asked, expected in ((None, "^Sold;_Uhi;_Ayo;$"), ("", "^Uhi;_Ayo;$"), ("new", "^Snew;_Uhi;_Ayo;$")):
+        assert shown(build_chat(tmp_path, row, system_prompt=asked))[0] == expected
 
 
-@pytest.mark.parametrize(
-    ("system_prompt", "expected"), [(None, "^Sold;_Uhi;_Ayo;$"), ("", "^Uhi;_Ayo;$"), ("new", "^Snew;_Uhi;_Ayo;$")]
-)
-def test_system_prompt_of_a_chat(tmp_path: Path, system_prompt: str | None, expected: str) -> None:
-    dataset = build_chat(tmp_path, said("S old", "U hi", "A yo"), system_prompt=system_prompt)
-    assert shown(dataset)[0] == expected
+def test_chat_without_an_answer(tmp_path: Path) -> None:
+    for row in (said("U hi", "U again"), said("U hi", "A ")):
+        with pytest.raises(DataError, match="rows.jsonl line 2: no maskable token: there is no response to train on"):
+            build_chat(tmp_path, said("U hi", "A yo"), row, mask_prompt=True)
 
 
-@pytest.mark.parametrize("row", [said("U hi", "U again"), said("U hi", "A ")])
-def test_chat_without_an_answer(tmp_path: Path, row: Mapping[str, Any]) -> None:
-    with pytest.raises(DataError, match="rows.jsonl line 2: no maskable token: there is no response to train on"):
-        build_chat(tmp_path, said("U hi", "A yo"), row, mask_prompt=True)
-
-
-@pytest.mark.parametrize(
-    ("messages", "expected"),
-    [
+def test_broken_messages(tmp_path: Path) -> None:
+    hi = {"role": "user", "content": "hi"}
+    cases: list[tuple[list[Any], str]] = [
         ([], "field 'messages' is empty"),
         (["hi"], "message 1 is not an object with role and content"),
-        (
-            [{"role": "user", "content": "hi"}, {"role": "tool", "content": "hi"}],
-            "message 2 has role 'tool', must be one of system, user, assistant",
-        ),
-        ([{"role": "user", "content": ["hi"]}], "message 1 has no text under 'content'"),
-        ([{"role": "user", "content": "\ud800"}], "message 1 holds half of a surrogate pair at character 1"),
-    ],
-)
-def test_broken_messages(tmp_path: Path, messages: list[Any], expected: str) -> None:
-    with pytest.raises(DataError) as caught:
-        build_chat(tmp_path, said("U hi", "A yo"), {"messages": messages})
-    assert str(caught.value) == f"rows.jsonl line 2: {expected}"
+        ([hi, hi | {"role": "tool"}], "message 2 has role 'tool', must be one of system, user, assistant"),
+        ([hi | {"content": ["hi"]}], "message 1 has no text under 'content'"),
+        ([hi | {"content": "\ud800"}], "message 1 holds half of a surrogate pair at character 1"),
+    ]
+    for messages, expected in cases:
+        with pytest.raises(DataError) as caught:
+            build_chat(tmp_path, said("U hi", "A yo"), {"messages": messages})
+        assert str(caught.value) == f"rows.jsonl line 2: {expected}"
 
 
 def build_text(directory: Path, *documents: str, tokenizer: Any = TOKENIZER, **options: Any) -> list[tuple[str, str]]:

@@ -32,7 +32,7 @@ def online_model(ranks: Ranks) -> MaskedDiffusionLM:
 
 def fill(model: MaskedDiffusionLM, ranks: Ranks, seed: int) -> None:
     """Weights that are a few times those of a start, so that every layer counts."""
-    weights = InitialWeights(model, seed=seed, num_layers=1, std=0.1)
+    weights = InitialWeights(model, seed=seed, std=0.1)
     materialize(model, weights.read, dtype=torch.float32, device=ranks.device)
 
 

@@ -32,16 +32,6 @@ def test_kinds_with_the_same_fields_are_told_apart() -> None:
     assert differences(even, noise) == {"schedule.kind": ("Even", "Noise")}
 
 
-def test_differences_in_either_direction() -> None:
-    assert differences({"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"c": 2, "d": 4}, "e": None, "f": 5}) == {
-        "a": (1, None),
-        "b.d": (3, 4),
-        "f": (None, 5),
-    }
-    assert differences({"a": {"b": 1}}, {"a": 1}) == {"a": ({"b": 1}, 1)}
-    assert differences({"a": [1, 2]}, {"a": [1, 2]}) == {}
-
-
 def test_hash_of_values_in_their_order() -> None:
     assert sha256_of([["a\n", 1], "b"]) == hashlib.sha256(b'["a\\n", 1]\n"b"\n').hexdigest()
     groups = [[["a", "b"]], [["a"], ["b"]], ["a", "b"], ["ab"], ["b", "a"], []]

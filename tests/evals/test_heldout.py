@@ -81,7 +81,7 @@ def test_the_estimate_is_unbiased_and_strata_take_out_its_noise(tokenizer: Token
         losses = torch.tensor(
             [
                 result.score.measures["loss"]
-                for seed in range(100)
+                for seed in range(40)
                 for result in toy_task(tokenizer, 10, num_strata, seed).evaluate(model, [0, 1, 2], batch_size=12)
             ],
             dtype=torch.float64,
@@ -89,17 +89,10 @@ def test_the_estimate_is_unbiased_and_strata_take_out_its_noise(tokenizer: Token
         return float(losses.mean()), float(losses.std())
 
     mean, std = spread(4)
-    assert abs(mean - exact) < 4 * std / math.sqrt(300)
+    assert abs(mean - exact) < 4 * std / math.sqrt(120)
     # One stratum is a single draw of the number of masked tokens.
     _, std_of_one = spread(1)
     assert 0 < std < 0.4 * std_of_one / math.sqrt(4)
-
-
-def test_bands_without_a_stratum_do_not_apply(tokenizer: Tokenizer) -> None:
-    model = CountingModel(log_odds, mask_id=tokenizer.mask_id, vocab_size=512)
-    (result,) = toy_task(tokenizer, 10, num_strata=1).evaluate(model, [0], batch_size=1)
-    loss, *bands = result.score.measures.values()
-    assert [value for value in bands if value is not None] == [loss] and len(bands) == 5
 
 
 def test_bands_are_closed_above() -> None:
@@ -171,18 +164,13 @@ def test_text_is_cut_into_whole_chunks(tokenizer: Tokenizer, text: Path, tmp_pat
     from_rows = heldout_task(tokenizer, source=str(rows), field="body", chunk_tokens=32, seed=0, max_items=2)
     assert from_rows.chunks == task.chunks[:2]
     facts = task.fingerprint()
+    same = tmp_path / "same.txt"
+    same.write_bytes(text.read_bytes())
+    moved = heldout_task(tokenizer, source=str(same), split="validation", chunk_tokens=32, seed=0)
+    assert moved.fingerprint() == facts
     assert facts["task"] == "heldout" and facts["num_items"] == len(cut)
     assert facts["data_sha256"] != from_rows.fingerprint()["data_sha256"]
     json.dumps(facts)
-
-
-def test_facts_do_not_depend_on_where_the_text_is(tokenizer: Tokenizer, text: Path) -> None:
-    (text.parent / "same.txt").write_bytes(text.read_bytes())
-    tasks = [
-        heldout_task(tokenizer, source=str(path), split=split, chunk_tokens=32, seed=0)
-        for path, split in [(text, "test"), (text.parent / "same.txt", "validation")]
-    ]
-    assert tasks[0].fingerprint() == tasks[1].fingerprint()
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])

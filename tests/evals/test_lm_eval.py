@@ -173,22 +173,19 @@ def test_the_command_line(
     )
 
 
-@pytest.mark.parametrize(
-    ("words", "missing"),
-    [
+def test_a_command_line_without_model_or_task_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, missing in [
         ([], "--model_args checkpoint_dir=DIRECTORY and --tasks NAMES"),
         (["--tasks", "gsm8k"], "--model_args checkpoint_dir=DIRECTORY"),
         (["--model_args", "checkpoint_dir=hf"], "--tasks NAMES"),
-    ],
-)
-def test_a_command_line_without_model_or_task_ends_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], missing: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["lm_eval", "--model", "dllm_jepa", *words])
-    with pytest.raises(SystemExit) as stopped:
-        lm_eval_adapter.main()
-    assert stopped.value.code == 1
-    assert capsys.readouterr().err == f"error: nothing to evaluate: add {missing}\n"
+    ]:
+        monkeypatch.setattr(sys, "argv", ["lm_eval", "--model", "dllm_jepa", *words])
+        with pytest.raises(SystemExit) as stopped:
+            lm_eval_adapter.main()
+        assert stopped.value.code == 1
+        assert capsys.readouterr().err == f"error: nothing to evaluate: add {missing}\n"
 
 
 @pytest.mark.parametrize("checkpoint", ["llada", "dream"], indirect=True)
@@ -237,20 +234,18 @@ def test_prompts(harness_model: DLLMJEPAHarnessModel, tokenizer: Tokenizer) -> N
     assert harness_model.prefix_token_id == tokenizer.bos_id and harness_model.eot_token_id == tokenizer.eos_id
 
 
-def test_long_prompts_keep_their_end(
+def test_prompts_and_responses_that_do_not_fit(
     harness_model: DLLMJEPAHarnessModel, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Long prompts keep their end; a response must have a token and leave room for one in front."""
     prompt, response = list(range(60, 160)), [7, 8]
     with caplog.at_level(logging.WARNING):
         ((value, _),) = harness_model._loglikelihood_tokens([(("a", "b"), prompt, response)], disable_tqdm=True)
     assert value == pytest.approx(direct_bound(harness_model._model, tokenizer, prompt[-94:], response), rel=1e-6)
     assert "1 of 1 prompts are cut on the left to fit into 96 tokens" in caplog.text
-
-
-@pytest.mark.parametrize("response", [[], list(range(96))])
-def test_responses_that_cannot_be_scored(harness_model: DLLMJEPAHarnessModel, response: list[int]) -> None:
-    with pytest.raises(ConfigError, match=rf"the response 'b' has {len(response)} tokens"):
-        harness_model._loglikelihood_tokens([(("a", "b"), [1], response)])
+    for response in ([], list(range(96))):
+        with pytest.raises(ConfigError, match=rf"the response 'b' has {len(response)} tokens"):
+            harness_model._loglikelihood_tokens([(("a", "b"), [1], response)])
 
 
 def test_generation_settings_of_a_task(checkpoint: Path, harness_model: DLLMJEPAHarnessModel) -> None:
@@ -319,14 +314,11 @@ def test_a_gpu_that_is_not_there(checkpoint: Path) -> None:
         DLLMJEPAHarnessModel.create_from_arg_string(f"checkpoint_dir={checkpoint}", {"device": "cuda:0"})
 
 
-def test_a_tokenizer_by_name(checkpoint: Path, tokenizer: Tokenizer) -> None:
+def test_a_tokenizer_by_name(checkpoint: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     for name in ("tiny", "llada"):
         model = DLLMJEPAHarnessModel(str(checkpoint), device="cpu", tokenizer=name)
         assert model.tok_encode("a dog") == [tokenizer.bos_id, *tokenizer.encode("a dog")]
-
-
-def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     save_hf(llada(**(SIZES | {"vocab_size": 320}), max_seq_len=96), tmp_path / "hf", tokenizer=None)
-    last = tiny_tokenizer().vocab_size - 1
+    last = tokenizer.vocab_size - 1
     with pytest.raises(CheckpointError, match=f"hf scores 320 ids, but the tokenizer has ids up to {last}: give"):
         DLLMJEPAHarnessModel(str(tmp_path / "hf"), device="cpu", tokenizer="tiny")

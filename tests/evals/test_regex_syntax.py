@@ -24,56 +24,36 @@ def members(regex: str, dialect: Dialect = "word_boundary") -> set[str]:
     }
 
 
-@pytest.mark.parametrize(
-    ("regex", "same"),
-    [
-        ("a|b&c", "a|(b&c)"),
-        ("a|b&b", "a|b"),
-        ("ab|cd", "(ab)|(cd)"),
-        (".a&b.", "(.a)&(b.)"),
-        ("ab*", "a(b*)"),
-        ("ab{2}", "abb"),
-        ("~ab", "(~a)b"),
-        ("~a*", "(~a)*"),
-        ("~a{2}", "(~a)(~a)"),
-        ("~~a", "a"),
-        ("~[ab]|c", "(~[ab])|c"),
-        ("a~b", "a(~b)"),
-        ("~(a)(b)", "(~a)b"),
-        ("a+?", "a*"),
-        ("a{2}{3}", "a{6}"),
-        ("(a{2,3}){2}", "a{4,6}"),
-    ],
-)
-def test_precedence(regex: str, same: str) -> None:
-    assert equivalent(regex, same)
-
-
-@pytest.mark.parametrize(
-    ("regex", "different"),
-    [
-        ("~ab", "~(ab)"),
-        ("~a*", "~(a*)"),
-        ("ab*", "(ab)*"),
-        ("a|bc", "(a|b)c"),
-        ("~(.*)a", "~(.*a)"),
-        ("a|b&c", "(a|b)&c"),
-    ],
-)
-def test_precedence_makes_a_difference(regex: str, different: str) -> None:
-    assert not equivalent(regex, different)
+def test_precedence() -> None:
+    for regex, same, other in [
+        ("a|b&c", "a|(b&c)", "(a|b)&c"),
+        ("ab|cd", "(ab)|(cd)", "a(b|c)d"),
+        (".a&b.", "(.a)&(b.)", ".(a&b)."),
+        ("a|bc", "a|(bc)", "(a|b)c"),
+        ("ab*", "a(b*)", "(ab)*"),
+        ("ab{2}", "abb", "abab"),
+        ("~ab", "(~a)b", "~(ab)"),
+        ("~(a)(b)", "(~a)b", "~(ab)"),
+        ("~(.*)a", "(~(.*))a", "~(.*a)"),
+        ("~a*", "(~a)*", "~(a*)"),
+        ("~a{2}", "(~a)(~a)", "~(aa)"),
+        ("~~a", "a", "~a"),
+        ("~[ab]|c", "(~[ab])|c", "~([ab]|c)"),
+        ("a~b", "a(~b)", "~(ab)"),
+        ("a+?", "a*", "a+"),
+        ("a{2}{3}", "a{6}", "a{5}"),
+        ("(a{2,3}){2}", "a{4,6}", "a{4,5}"),
+    ]:
+        assert equivalent(regex, same) and not equivalent(regex, other), regex
 
 
 @pytest.mark.parametrize(
     ("regex", "expected"),
     [
         (".", set(CHARACTERS)),
-        ("a", {"a"}),
-        ("[abc]", {"a", "b", "c"}),
         ("[b-d]", {"b", "c", "d"}),
         ("[^a]", set(CHARACTERS) - {"a"}),
         ("[-a]", {"-", "a"}),
-        ("[a-]", {"-", "a"}),
         ("[a-c-]", {"a", "b", "c", "-"}),
         ("[]a]", {"]", "a"}),
         ("[^]a]", set(CHARACTERS) - {"]", "a"}),
@@ -98,53 +78,38 @@ def test_atoms(regex: str, expected: set[str]) -> None:
     assert members(regex) == expected
 
 
-@pytest.mark.parametrize("character", sorted(set(PRINTABLE) - set("bdwsDWS")))
-def test_an_escaped_character_is_itself(character: str) -> None:
-    assert members("\\" + character) == {character}
+def test_characters_that_are_themselves() -> None:
+    for character in set(PRINTABLE) - set("bdwsDWS"):
+        assert members("\\" + character) == {character}
+    for character in "]}#@\"<>^$'/-,:!":
+        assert members(character) == {character}
 
 
-@pytest.mark.parametrize("character", "]}#@\"<>^$'/-,:!")
-def test_characters_without_a_meaning_are_themselves(character: str) -> None:
-    assert members(character) == {character}
-
-
-@pytest.mark.parametrize(
-    "regex", ["", "()", "(())", "()()", "()*", "(){3}", "a{0}", "a{0,0}", "(|)", "()&()", "|", "&"]
-)
-def test_the_empty_string(regex: str) -> None:
-    assert equivalent(regex, "")
-    assert not equivalent(regex, ".")
-
-
-def test_a_missing_operand_is_the_empty_string() -> None:
-    assert equivalent("(a|)", "a?") and equivalent("|a", "a?") and equivalent("a*&", "") and is_empty("a&")
+def test_the_empty_string() -> None:
+    for regex in ["", "()", "(())", "()()", "()*", "(){3}", "a{0}", "a{0,0}", "(|)", "()&()", "|", "&", "a*&"]:
+        assert equivalent(regex, "") and not equivalent(regex, "."), regex
+    assert equivalent("(a|)", "a?") and equivalent("|a", "a?") and is_empty("a&")
 
 
 @pytest.mark.parametrize(
     ("regex", "message"),
     [
         ("*", "nothing to repeat at character 0"),
-        ("~?", "nothing to repeat"),
         ("a~*", "nothing to repeat"),
         ("~", "a ~ without an operand"),
-        ("a~|b", "a ~ without an operand"),
         ("(", r"a \( without \)"),
         ("(a))", r"a \) without \( at character 3"),
         ("[", r"a \[ without \]"),
-        ("[]", r"a \[ without \]"),
         ("[a-", r"a \[ without \]"),
         ("[b-a]", "a range from more to less"),
         (r"[a-\d]", "a range from more to less"),
         (r"[\b]", "a word boundary between"),
         ("\\", r"nothing behind \\"),
-        ("[a\\", r"nothing behind \\"),
         ("a{", r"not \{n\}"),
-        ("a{}", r"not \{n\}"),
         ("a{,2}", r"not \{n\}"),
         ("a{\u0663}", r"not \{n\}"),
         ("a{" + "1" * 5 + "}", r"not \{n\}"),
         ("a{65}", "a repeat above 64"),
-        ("a{1,65}", "a repeat above 64"),
         ("a{3,2}", "a repeat from more to less"),
         ("a" * 1001, "1001 characters, more than 1000"),
     ],

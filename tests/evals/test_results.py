@@ -17,30 +17,21 @@ def result(item: int) -> ItemResult:
 
 
 def test_batches_of_all_ranks_come_back_in_the_order_of_the_items(tmp_path: Path) -> None:
+    """A batch that two ranks did counts once."""
     folder = ResultsFolder(tmp_path / "eval")
     assert folder.open(FACTS, resume=False) == set()
     folder.append(0, 0, [result(3), result(0)], 1.5)
-    folder.append(1, 1, [result(1), result(2)], 2.0)
+    for rank in (0, 1):
+        folder.append(rank, 1, [result(1), result(2)], 2.0)
     rows, seconds = folder.merge(4)
     assert [row["item"] for row in rows] == [0, 1, 2, 3] and seconds == 3.5
-    assert rows[3] == {
-        "item": 3,
-        "name": "line 3",
-        "measures": {"strict": False},
-        "num_tokens": 3,
-        "prediction": "p3",
-    }
+    expected = {"item": 3, "name": "line 3", "measures": {"strict": False}, "num_tokens": 3, "prediction": "p3"}
+    assert rows[3] == expected
     assert [json.loads(line) for line in folder.generations.read_text().splitlines()] == rows
     assert not folder.is_finished
     folder.finish({"seconds": seconds})
     assert folder.is_finished and folder.merge(4) == (rows, seconds)
     assert sorted(path.name for path in folder.path.iterdir()) == ["facts.json", "generations.jsonl", "scores.json"]
-
-
-def test_finished_batches_are_found_again_by_any_number_of_ranks(tmp_path: Path) -> None:
-    ResultsFolder(tmp_path).open(FACTS, resume=True)
-    ResultsFolder(tmp_path).append(1, 4, [result(8)], 1.0)
-    assert ResultsFolder(tmp_path).open(FACTS, resume=True) == {4}
 
 
 @pytest.mark.parametrize("cut", [1, 20, 60])
@@ -63,15 +54,6 @@ def test_a_line_that_was_cut_off_is_no_finished_batch(tmp_path: Path, cut: int) 
         assert part.exists() and not folder.generations.exists()
 
 
-def test_a_batch_that_two_ranks_did_counts_once(tmp_path: Path) -> None:
-    folder = ResultsFolder(tmp_path)
-    folder.open(FACTS, resume=False)
-    for rank in (0, 1):
-        folder.append(rank, 0, [result(0), result(1)], 2.0)
-    rows, seconds = folder.merge(2)
-    assert [row["item"] for row in rows] == [0, 1] and seconds == 2.0
-
-
 def test_an_evaluation_is_not_overwritten_nor_mixed_with_another(tmp_path: Path) -> None:
     folder = ResultsFolder(tmp_path)
     folder.open(FACTS, resume=False)
@@ -87,20 +69,20 @@ def test_an_evaluation_is_not_overwritten_nor_mixed_with_another(tmp_path: Path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("name", ["scores.json", "generations.jsonl"])
-def test_results_without_facts_are_left_alone(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("scores.json", "scores.json is there without its facts.json"),
+        ("generations.jsonl", "generations.jsonl is there without its facts.json"),
+        ("status.json", "is the output_dir of a training run"),
+    ],
+)
+def test_what_is_no_evaluation_is_left_alone(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / name).write_text("precious")
     for resume in (False, True):
-        with pytest.raises(LaunchError, match=f"{name} is there without its facts.json"):
+        with pytest.raises(LaunchError, match=message):
             ResultsFolder(tmp_path).open(FACTS, resume=resume)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "precious")]
-
-
-def test_a_training_run_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "status.json").write_text("{}")
-    with pytest.raises(LaunchError, match="is the output_dir of a training run"):
-        ResultsFolder(tmp_path).open(FACTS, resume=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
 def test_a_rank_waits_for_the_batches_of_the_others(tmp_path: Path) -> None:
@@ -125,14 +107,10 @@ def test_facts_are_compared_as_json_holds_them(tmp_path: Path) -> None:
     assert ResultsFolder(tmp_path).open(facts, resume=True) == set()
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]"])
-def test_damaged_facts_are_named(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "facts.json").write_bytes(content)
-    with pytest.raises(LaunchError, match=r"facts\.json cannot be read"):
-        ResultsFolder(tmp_path).open(FACTS, resume=True)
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+def test_facts_that_cannot_be_read_or_written_are_named(tmp_path: Path) -> None:
+    for content in (b"{", b"\xff", b"[1]"):
+        (tmp_path / "facts.json").write_bytes(content)
+        with pytest.raises(LaunchError, match=r"facts\.json cannot be read"):
+            ResultsFolder(tmp_path).open(FACTS, resume=True)
     with pytest.raises(LaunchError, match="cannot be written"):
-        ResultsFolder(tmp_path / "file").open(FACTS, resume=False)
+        ResultsFolder(tmp_path / "facts.json").open(FACTS, resume=False)

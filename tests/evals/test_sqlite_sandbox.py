@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,21 +30,14 @@ MANY = ", ".join(f"item AS t{i}" for i in range(30))
 WRITES = [
     "DROP TABLE item",
     "DELETE FROM item",
-    "INSERT INTO item VALUES (9, 'z')",
     "UPDATE item SET name = 'z' RETURNING id",
-    "WITH t AS (SELECT 1) DELETE FROM item",
-    "CREATE TEMP TABLE t AS SELECT 1",
     "CREATE TABLE t AS SELECT * FROM item",
-    "CREATE TEMP VIEW v AS SELECT 1",
     "CREATE TEMP TRIGGER t AFTER INSERT ON item BEGIN SELECT 1; END",
     "CREATE VIRTUAL TABLE t USING fts5(x)",
-    "ALTER TABLE item ADD COLUMN x",
-    "ANALYZE",
     "VACUUM",
     "UPDATE sqlite_master SET sql = ''",
     "UPDATE sqlite_dbpage SET data = zeroblob(4096)",
     "BEGIN EXCLUSIVE",
-    "SAVEPOINT s",
 ]
 
 ESCAPES = [
@@ -53,51 +47,36 @@ ESCAPES = [
     "SELECT readfile('/etc/passwd')",
     "SELECT writefile('written', 'x')",
     "SELECT fts3_tokenizer('simple', x'0000000000000000')",
-    "SELECT * FROM fsdir('/')",
-    "SELECT sqlite_compileoption_get(1)",
-    "PRAGMA writable_schema = ON",
     "PRAGMA query_only = OFF",
     "PRAGMA hard_heap_limit = 0",
-    "PRAGMA database_list",
     "SELECT * FROM pragma_database_list",
     "SELECT randomblob(10)",
-    ".shell rm -rf .",
 ]
 
 NO_QUERY = [
     "",
-    " \t\n ",
-    ";",
     "/* nothing */",
     "SELECT",
-    "hello world",
     "SELECT 1; SELECT 2",
     "SELECT 1; -- x\n DROP TABLE item",
     "SELECT 1\0; DROP TABLE item",
-    "\0",
     "SELECT '\ud800'",
     "SELECT ?",
     "SELECT * FROM missing",
-    "SELECT abs(-9223372036854775808)",
 ]
 
 BOMBS = {
     "endless count": COUNT + "SELECT count(*) FROM n",
     "endless sort of long values": COUNT + "SELECT printf('%.*c', 90000, i) AS x FROM n ORDER BY x",
-    "endless text": COUNT + "SELECT group_concat('xxxxxxxxxx') FROM n",
     "cross join": f"SELECT count(*) FROM {MANY} WHERE t0.id + t29.id > 1000",
     "queries that double": f"{DOUBLING} SELECT count(*) FROM n39",
     "many columns": "SELECT " + ", ".join(["item.*"] * 2_000) + " FROM item",
     "2 GB of zeros": "SELECT zeroblob(2000000000)",
-    "1 GB of padding": "SELECT printf('%.*c', 1000000000, 'x')",
     "text that doubles": "SELECT " + "replace(" * 30 + "'x'" + ", 'x', 'xx')" * 30,
     "pattern": "SELECT printf('%.*c', 90000, 'a') LIKE printf('%.*c', 2000, '%') || 'b'",
     "search in long text": COUNT
     + "SELECT 1 FROM n WHERE instr(i || printf('%.*c', 90000, 'a'), printf('%.*c', 45000, 'a') || 'b')",
-    "brackets": "SELECT " + "(" * 20_000 + "1" + ")" * 20_000,
-    "subqueries": "SELECT * FROM " + "(SELECT * FROM " * 2_000 + "item" + ")" * 2_000,
     "long list": f"SELECT 1 WHERE 1 IN ({','.join(map(str, range(200_000)))})",
-    "many tables": "SELECT 1 FROM " + ", ".join(["item"] * 100),
     "json array": "SELECT count(*) FROM json_each('[1,2,3,4,5,6,7,8,9]') a" + ", json_each(a.json)" * 20,
     "too many rows": COUNT + "SELECT i FROM n LIMIT 1001",
     "too many bytes": COUNT + "SELECT printf('%.*c', 90000, 'x') FROM n LIMIT 12",
@@ -144,11 +123,11 @@ def running(sandbox: Sandbox) -> subprocess.Popen[str]:
     return sandbox._process
 
 
-@pytest.mark.parametrize("sql", [*WRITES, *ESCAPES, *NO_QUERY])
-def test_what_is_no_query_is_refused(sandbox: Sandbox, database: Path, sql: str) -> None:
-    result = sandbox.execute(sql, database)
-    assert result.rows is None and result.failure
-    assert running(sandbox).poll() is None, "a refusal does not end the process"
+def test_what_is_no_query_is_refused(sandbox: Sandbox, database: Path) -> None:
+    for sql in [*WRITES, *ESCAPES, *NO_QUERY, "EXPLAIN DROP TABLE item"]:
+        result = sandbox.execute(sql, database)
+        assert result.rows is None and result.failure, sql
+        assert running(sandbox).poll() is None, "a refusal does not end the process"
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -161,39 +140,32 @@ def test_bombs_end_within_their_limits(sandbox: Sandbox, database: Path, name: s
     assert peak_kib(running(sandbox)) < MOST_KIB
 
 
-@pytest.mark.parametrize(
-    ("sql", "rows"),
-    [
-        ("SELECT 1", [(1,)]),
-        ("SELECT name FROM item WHERE id = 2 ;", [("b",)]),
-        ("SELECT 1 -- and no more; DROP TABLE item", [(1,)]),
-        ("/* first */ SELECT 1; /* last */", [(1,)]),
-        ("VALUES (1, 'a'), (2, NULL)", [(1, "a"), (2, None)]),
-        ("WITH t AS (SELECT id FROM item) SELECT count(*) FROM t", [(8,)]),
-        ("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 3) SELECT i FROM n", [(1,), (2,), (3,)]),
-        ('SELECT name FROM item WHERE name = "a"', [("a",)]),
-        ("SELECT name FROM item WHERE name LIKE 'A%' OR name GLOB '[b]'", [("a",), ("b",)]),
-        ("SELECT count(*) FROM item AS a JOIN item AS b ON a.id = b.id", [(8,)]),
-        ("SELECT max(id), min(id), avg(id), sum(id) FROM item", [(8, 1, 4.5, 36)]),
-        ("SELECT id FROM item EXCEPT SELECT id FROM item WHERE id > 1 ORDER BY id", [(1,)]),
-        ("SELECT row_number() OVER (ORDER BY id DESC) FROM item LIMIT 1", [(1,)]),
-        ("SELECT strftime('%Y', '2020-02-03'), cast('7' AS integer), round(1.25, 1)", [("2020", 7, 1.3)]),
-        (
-            "SELECT x FROM odd",
-            [("ab",), (b"\x00\xff",), (2.5,), (float("inf"),), (None,), (2**63 - 1,), ("\U0001f600",)],
-        ),
-        ("SELECT 1 WHERE 0", []),
-    ],
-)
-def test_queries_give_their_rows(sandbox: Sandbox, database: Path, sql: str, rows: list[tuple[object, ...]]) -> None:
-    result = sandbox.execute(sql, database)
-    assert (result.rows, result.failure) == (rows, "")
-    assert [list(map(type, row)) for row in result.rows or []] == [list(map(type, row)) for row in rows]
+QUERIES = [
+    ("SELECT 1", [(1,)]),
+    ("SELECT 1 -- and no more; DROP TABLE item", [(1,)]),
+    ("/* first */ SELECT 1; /* last */", [(1,)]),
+    ("VALUES (1, 'a'), (2, NULL)", [(1, "a"), (2, None)]),
+    ("WITH t AS (SELECT id FROM item) SELECT count(*) FROM t", [(8,)]),
+    ("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 3) SELECT i FROM n", [(1,), (2,), (3,)]),
+    ('SELECT name FROM item WHERE name = "a"', [("a",)]),
+    ("SELECT name FROM item WHERE name LIKE 'A%' OR name GLOB '[b]'", [("a",), ("b",)]),
+    ("SELECT max(id), min(id), avg(id), sum(id) FROM item", [(8, 1, 4.5, 36)]),
+    ("SELECT row_number() OVER (ORDER BY id DESC) FROM item LIMIT 1", [(1,)]),
+    ("SELECT strftime('%Y', '2020-02-03'), cast('7' AS integer), round(1.25, 1)", [("2020", 7, 1.3)]),
+    (
+        "SELECT x FROM odd",
+        [("ab",), (b"\x00\xff",), (2.5,), (float("inf"),), (None,), (2**63 - 1,), ("\U0001f600",)],
+    ),
+    ("SELECT 1 WHERE 0", []),
+]
 
 
-def test_an_explanation_is_harmless(sandbox: Sandbox, database: Path) -> None:
+def test_queries_give_their_rows(sandbox: Sandbox, database: Path) -> None:
+    for sql, rows in QUERIES:
+        result = sandbox.execute(sql, database)
+        assert (result.rows, result.failure) == (rows, ""), sql
+        assert [list(map(type, row)) for row in result.rows or []] == [list(map(type, row)) for row in rows]
     assert sandbox.execute("EXPLAIN QUERY PLAN SELECT * FROM item", database).rows
-    assert sandbox.execute("EXPLAIN DROP TABLE item", database).rows is None
 
 
 def test_limits_are_met_exactly(database: Path) -> None:
@@ -206,30 +178,23 @@ def test_limits_are_met_exactly(database: Path) -> None:
 
 
 def test_reasons_say_what_was_wrong(sandbox: Sandbox, database: Path) -> None:
-    assert sandbox.execute("SELECT * FROM missing", database).failure == "no such table: missing"
-    assert sandbox.execute("DROP TABLE item", database).failure == "not authorized"
-    assert sandbox.execute("", database).failure == "is no query"
-    assert sandbox.execute(BOMBS["endless count"], database).failure == "runs longer than 0.15 seconds"
-    assert sandbox.execute(BOMBS["too many rows"], database).failure == "has more than 1000 rows"
+    for sql, failure in [
+        ("SELECT * FROM missing", "no such table: missing"),
+        ("DROP TABLE item", "not authorized"),
+        ("", "is no query"),
+        (BOMBS["endless count"], "runs longer than 0.15 seconds"),
+        (BOMBS["too many rows"], "has more than 1000 rows"),
+    ]:
+        assert sandbox.execute(sql, database).failure == failure
+    assert execute("SELECT 1, 'a'", database) == sandbox.execute("SELECT 1, 'a'", database)
+    with pytest.raises(ValueError, match="max_rows must be positive, got 0"):
+        Limits(max_rows=0)
 
 
-@pytest.mark.parametrize(
-    ("limits", "name", "failure"),
-    [
-        (LIMITS, "endless count", "runs longer than 0.15 seconds"),
-        (Limits(seconds=60), "queries that double", "needs too much memory"),
-    ],
-)
-def test_the_worker_stops_by_itself(database: Path, limits: Limits, name: str, failure: str) -> None:
-    sandbox = Sandbox(limits)
-    assert sandbox.execute(BOMBS[name], database).failure == failure
+def test_the_worker_stops_by_itself_where_memory_runs_out(database: Path) -> None:
+    sandbox = Sandbox(Limits(seconds=60))
+    assert sandbox.execute(BOMBS["queries that double"], database).failure == "needs too much memory"
     assert running(sandbox).poll() is None
-
-
-def test_one_query_alone(database: Path) -> None:
-    assert execute("SELECT 1, 'a'", database) == Sandbox(LIMITS).execute("SELECT 1, 'a'", database)
-    assert execute(BOMBS["endless count"], database, LIMITS).failure == "runs longer than 0.15 seconds"
-    assert execute(WRITES[0], database).rows is None
 
 
 def test_the_worker_has_limits_of_its_own(sandbox: Sandbox, database: Path) -> None:
@@ -310,33 +275,13 @@ def test_the_worker_ends_with_its_sandbox(database: Path) -> None:
     assert process.poll() is not None
 
 
-@pytest.mark.parametrize("content", [b"", b"no database at all", b"SQLite format 3\0" + b"\xff" * 5000])
-def test_a_damaged_database_is_named(
-    sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory, content: bytes
-) -> None:
+def test_a_missing_or_damaged_database_is_named(sandbox: Sandbox, database: Path, tmp_path_factory: Any) -> None:
     path = tmp_path_factory.mktemp("damaged") / "world_1.sqlite"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"world_1\.sqlite cannot be read"):
-        sandbox.execute("SELECT 1", path)
-
-
-def test_damage_behind_the_first_page_is_named(
-    sandbox: Sandbox, database: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    path = tmp_path_factory.mktemp("damaged") / "world_1.sqlite"
-    content = database.read_bytes()
-    path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
-    with pytest.raises(DataError, match=r"world_1\.sqlite cannot be read"):
-        sandbox.execute("SELECT * FROM item", path)
-
-
-def test_a_missing_database_is_named(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> None:
-    missing = tmp_path_factory.mktemp("none") / "world_1.sqlite"
     with pytest.raises(DataError, match=r"world_1\.sqlite does not exist"):
-        sandbox.execute("SELECT 1", missing)
-    assert not missing.exists()
-
-
-def test_limits_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="max_rows must be positive, got 0"):
-        Limits(max_rows=0)
+        sandbox.execute("SELECT 1", path)
+    assert not path.exists()
+    content = database.read_bytes()
+    for damaged in (b"", b"no database", b"SQLite format 3\0" + b"\xff" * 5000, content[:4096] + b"\xff" * 4096):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"world_1\.sqlite cannot be read"):
+            sandbox.execute("SELECT * FROM item", path)

@@ -26,24 +26,16 @@ def test_shares_and_means_count_only_where_they_apply() -> None:
     assert list(summary) == ["strict", "loss", "never"]
 
 
-def test_a_measure_that_only_later_items_have() -> None:
-    summary = summarize([*rows(strict=[True]), *rows(strict=[False], extra=[True])])
-    assert (summary["strict"]["n"], summary["extra"]["n"]) == (2, 1)
-
-
-def test_false_and_zero_are_not_missing() -> None:
-    summary = summarize(rows(strict=[False, False], loss=[0.0, 0.0]))
-    assert summary["strict"]["score"] == 0.0 and summary["strict"]["n"] == 2
+def test_missing_is_not_false_nor_zero() -> None:
+    summary = summarize([*rows(strict=[False], loss=[0.0]), *rows(strict=[False], loss=[0.0], extra=[True])])
+    assert summary["strict"]["score"] == 0.0 and (summary["strict"]["n"], summary["extra"]["n"]) == (2, 1)
     assert summary["loss"] == {"mean": 0.0, "n": 2, "interval": [0.0, 0.0]}
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "yes", [1], 10**400])
-def test_a_measure_that_is_no_number_is_refused_with_its_item(value: object) -> None:
-    with pytest.raises(DataError, match=r"measure 'loss' of item 1 \(line 2\) is .* finite number"):
-        summarize(rows(loss=[1.0, value]))
-
-
-def test_true_beside_a_number_is_refused() -> None:
+def test_measures_that_cannot_be_counted_are_refused() -> None:
+    for value in (float("nan"), float("inf"), "yes", [1], 10**400):
+        with pytest.raises(DataError, match=r"measure 'loss' of item 1 \(line 2\) is .* finite number"):
+            summarize(rows(loss=[1.0, value]))
     with pytest.raises(DataError, match="'strict' is true or false for some items and a number for others"):
         summarize(rows(strict=[True, 0.5]))
 
@@ -56,10 +48,6 @@ def test_table_is_aligned() -> None:
         "loss          2            2 to 2  1,319",
         "never         -                 -      0",
     ]
-
-
-def test_table_of_nothing() -> None:
-    assert table(summarize([])).split() == ["measure", "score", "95", "%", "interval", "items"]
 
 
 def test_remarks_are_lines() -> None:

@@ -41,7 +41,7 @@ def plain(model: MaskedDiffusionLM, *, block: int = BLOCK, **options: Any) -> li
     return [plain_decode(model, prompt, mask, gen_length=GEN, block_length=block, **options) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("steps", [6, 9, 24])
+@pytest.mark.parametrize("steps", [6, 24])
 def test_even_spread(model: MaskedDiffusionLM, steps: int) -> None:
     decoding = llada_decoding(gen_length=GEN, block_length=BLOCK, steps=steps)
     assert generate(model, decoding) == plain(model, count=even(steps // 3))
@@ -51,17 +51,14 @@ def test_even_spread(model: MaskedDiffusionLM, steps: int) -> None:
     ("algorithm", "kind"),
     [("maskgit_plus", "probability"), ("topk_margin", "margin"), ("entropy", "negative_entropy")],
 )
-@pytest.mark.parametrize(("steps", "block"), [(7, None), (15, None), (9, 4)])
+@pytest.mark.parametrize(("steps", "block"), [(7, None), (9, 4)])
 def test_noise_levels(model: MaskedDiffusionLM, algorithm: str, kind: str, steps: int, block: int | None) -> None:
     decoding = dream_decoding(gen_length=GEN, steps=steps, algorithm=algorithm, block_length=block)
     per_block = steps // (GEN // block if block else 1)
     assert generate(model, decoding) == plain(model, block=block or GEN, count=noise_levels(per_block), kind=kind)
 
 
-SPEED_UPS = [{"threshold": 0.2}, {"threshold": 0.3}, {"factor": 2.2}, {"factor": 4.0}]
-
-
-@pytest.mark.parametrize("speed_up", SPEED_UPS, ids=str)
+@pytest.mark.parametrize("speed_up", [{"threshold": 0.2}, {"factor": 2.2}], ids=str)
 @pytest.mark.parametrize("algorithm", ["maskgit_plus", "topk_margin", None])
 def test_speed_ups(model: MaskedDiffusionLM, algorithm: str | None, speed_up: dict[str, float]) -> None:
     """With as many steps as tokens nothing but the confidences decides; no step commits less than one token."""
@@ -84,7 +81,7 @@ def test_a_model_that_is_never_sure_commits_what_is_planned(model: MaskedDiffusi
 
 
 @pytest.mark.parametrize("speed_up", [{}, {"threshold": 0.2}], ids=["planned", "threshold"])
-@pytest.mark.parametrize("refresh", [None, 2, 3])
+@pytest.mark.parametrize("refresh", [None, 2])
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_caches(model: MaskedDiffusionLM, cache: str, refresh: int | None, speed_up: dict[str, float]) -> None:
     options = {"gen_length": GEN, "block_length": BLOCK, "steps": 15, **speed_up}
@@ -102,8 +99,7 @@ def test_a_cache_with_adapters() -> None:
     assert generate(model, exact) == plain(model, count=even(5))
 
 
-@pytest.mark.parametrize("speed_up", [{}, {"threshold": 0.2}], ids=["planned", "threshold"])
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize(("cache", "speed_up"), [("prefix", {}), ("dual", {"threshold": 0.2})])
 def test_a_refresh_at_every_step_is_exact(model: MaskedDiffusionLM, cache: str, speed_up: dict[str, float]) -> None:
     exact = {"gen_length": GEN, "block_length": 6, "steps": 12} | speed_up
     cached = exact | {"cache": cache, "cache_refresh": 1}

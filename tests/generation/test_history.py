@@ -20,11 +20,12 @@ def follow(*canvases: list[list[int]]) -> CanvasHistory:
 
 
 def test_every_token_has_the_step_after_which_it_was_there() -> None:
-    steps = [[5, 0, 0, 0, 0, 0], [5, 6, 0, 0, 0, 0], [5, 6, 0, 7, 0, 0]]
+    """A step without a new token counts."""
+    steps = [[5, 0, 0, 0, 0, 0], [5, 0, 0, 0, 0, 0], [5, 6, 0, 0, 0, 0], [5, 6, 0, 7, 0, 0]]
     history = follow(*([row] for row in steps))
-    assert history.num_steps == 3
+    assert history.num_steps == 4
     assert history.tokens.tolist() == steps[-1:]
-    assert history.filled_at.tolist() == [[1, 2, 0, 3, 0, 0]]
+    assert history.filled_at.tolist() == [[1, 3, 0, 4, 0, 0]]
 
 
 def test_padding_is_not_filled_in() -> None:
@@ -36,11 +37,7 @@ def test_padding_is_not_filled_in() -> None:
     assert history.tokens.tolist() == [[5, 6, 7, 0, 0, 0], [END, PAD, 0, 0, 0, 0]]
 
 
-def test_a_step_without_a_new_token_counts() -> None:
-    assert follow([[0] * 6], [[3, 0, 0, 0, 0, 0]]).filled_at.tolist() == [[2, 0, 0, 0, 0, 0]]
-
-
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_of_a_decoding_it_has_what_came_out_up_to_the_end(seed: int) -> None:
     scores = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed))
     scores[:, END] += 0.5

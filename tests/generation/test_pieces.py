@@ -3,8 +3,6 @@
 import random
 import unicodedata
 
-import pytest
-
 from dllm_jepa.generation.show import split_pieces, visible
 from dllm_jepa.models.tiny import tiny_tokenizer
 
@@ -25,17 +23,16 @@ def test_pieces_of_a_text_are_whole_characters_that_join_to_it() -> None:
     assert {"\u4e2d", "\u6587", "\u00ef", "\U0001f600"} <= {piece.text for piece in pieces}
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_every_position_is_in_one_piece_whatever_is_masked(seed: int) -> None:
-    rng = random.Random(seed)
-    ids = [rng.choice([token_id, token_id, MASK, END]) for token_id in TOKENIZER.encode(TEXT)]
-    pieces = split_pieces(TOKENIZER, ids)
-    assert [at for piece in pieces for at in range(piece.start, piece.end)] == list(range(len(ids)))
-    kinds = {MASK: "mask", END: "end"}
-    for piece in pieces:
-        assert {kinds.get(token_id, "text") for token_id in ids[piece.start : piece.end]} == {piece.kind}
-        if piece.kind == "text":
-            assert piece.text == TOKENIZER.decode(ids[piece.start : piece.end])
+def test_every_position_is_in_one_piece_whatever_is_masked() -> None:
+    rng, kinds = random.Random(0), {MASK: "mask", END: "end"}
+    for _ in range(5):
+        ids = [rng.choice([token_id, token_id, MASK, END]) for token_id in TOKENIZER.encode(TEXT)]
+        pieces = split_pieces(TOKENIZER, ids)
+        assert [at for piece in pieces for at in range(piece.start, piece.end)] == list(range(len(ids)))
+        for piece in pieces:
+            assert {kinds.get(token_id, "text") for token_id in ids[piece.start : piece.end]} == {piece.kind}
+            if piece.kind == "text":
+                assert piece.text == TOKENIZER.decode(ids[piece.start : piece.end])
 
 
 def test_half_a_character_shows_as_a_replacement_until_the_rest_is_there() -> None:

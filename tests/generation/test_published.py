@@ -38,11 +38,11 @@ def real_tokens(case: dict[str, Any]) -> list[list[int]]:
 
 
 def check(model: MaskedDiffusionLM, decoding: Decoding, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    """Together, in both orders, and one by one."""
+    """Together, and one by one."""
     call = {"mask_id": MASKS[model.family.lower()], "pad_id": 300}
     assert decoding.generate(model, prompts, **call).canvas.tolist() == expected
-    assert decoding.generate(model, prompts[::-1], **call).canvas.tolist() == expected[::-1]
-    assert [decoding.generate(model, [prompt], **call).canvas[0].tolist() for prompt in prompts] == expected
+    if len(prompts) > 1:
+        assert [decoding.generate(model, [prompt], **call).canvas[0].tolist() for prompt in prompts] == expected
 
 
 def test_the_fixtures_hold_all_kinds_of_cases() -> None:

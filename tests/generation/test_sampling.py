@@ -37,12 +37,9 @@ def close(given: Tensor, expected: Tensor) -> bool:
     return bool((given - expected).abs().max() < 4 * (0.25 / NUM) ** 0.5)
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
-def test_temperature_samples_from_the_softmax(temperature: float) -> None:
-    assert close(shares(Sampling(temperature))[:MASK], (LOGITS[:MASK] / temperature).softmax(0))
-
-
-def test_temperature_0_takes_the_likeliest() -> None:
+def test_temperature_samples_from_the_softmax() -> None:
+    for temperature in (0.3, 2.0):
+        assert close(shares(Sampling(temperature))[:MASK], (LOGITS[:MASK] / temperature).softmax(0))
     assert shares(Sampling())[0] == 1.0
 
 
@@ -113,15 +110,15 @@ def test_alg_temp_draws_the_order_from_the_softmax_of_the_confidences() -> None:
     logits = torch.tensor([[0.0, 3.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.2, 0.0], [0.0, 0.0, 0.0]]).roll(1, 0)
     decoding = dream_decoding(gen_length=3, steps=3, algorithm="maskgit_plus", alg_temp=0.4)
     first = torch.zeros(3)
-    for seed in range(1500):
+    for seed in range(500):
         step = next(
             step
             for step in decoding.stream(Scripted(logits), [[0]], mask_id=2, pad_id=0, seeds=[seed])
             if (step.canvas != 2).any()
         )
-        first += (step.canvas[0] != 2) / 1500
+        first += (step.canvas[0] != 2) / 500
     expected = (logits[1:].softmax(-1)[:, 1] / 0.4).softmax(0)
-    assert (first - expected).abs().max() < 4 * (0.25 / 1500) ** 0.5
+    assert (first - expected).abs().max() < 4 * (0.25 / 500) ** 0.5
 
 
 def test_origin_commits_by_chance() -> None:
@@ -145,15 +142,6 @@ def test_schedules_leave_nothing_over(schedule: EvenSpread | NoiseLevels) -> Non
         assert all(0 <= count <= num_left for count, num_left in zip(counts, left, strict=True))
         left = [num_left - count for count, num_left in zip(counts, left, strict=True)]
     assert left == [0] * 5
-
-
-def test_even_spread_takes_the_remainder_first() -> None:
-    left, counts = 11, []
-    for step in range(4):
-        (count,) = EvenSpread(4).plan([left], step, [])
-        counts.append(count)
-        left -= count
-    assert counts == [3, 3, 3, 2]
 
 
 def test_speed_ups() -> None:

@@ -80,7 +80,7 @@ def test_every_token_gets_its_own_pick_and_confidence() -> None:
     assert torch.equal(first, expected.expand(3, -1)) and torch.equal(last, allowed.argmax(-1).expand(3, -1))
 
 
-@pytest.mark.parametrize("name", DECODINGS)
+@pytest.mark.parametrize("name", ["greedy", "guided", "entropy"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_logits_that_are_no_numbers_end_the_generation(name: str, value: float) -> None:
     model = scripted(LENGTH + 2)

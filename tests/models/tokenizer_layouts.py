@@ -1,5 +1,6 @@
 """Tiny checkpoints with a tokenizer, in the layouts of the published ones."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ DREAM_ADDED = [
 
 def trained_backend() -> tokenizers.Tokenizer:
     """A byte-level BPE without added tokens; learned on uncut text, so that a missing cut shows in the ids."""
+    return tokenizers.Tokenizer.from_str(_trained_backend())
+
+
+@functools.cache
+def _trained_backend() -> str:
     backend = tokenizers.Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = byte_level
@@ -41,7 +47,7 @@ def trained_backend() -> tokenizers.Tokenizer:
     backend.train_from_iterator(CORPUS, trainer)
     cuts = pre_tokenizers.Split(Regex(CUTS), behavior="isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence([cuts, byte_level])
-    return backend
+    return backend.to_str()
 
 
 def added_tokens_decoder(names: list[str], first: int) -> dict[str, Any]:

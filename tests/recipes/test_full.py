@@ -38,7 +38,7 @@ def plain_diffusion_losses(config_file: Path) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step of a loop that has never heard of JEPA."""
     cfg: Any = recipe_config("dllm_jepa_full").check(read_config(config_file))
     tokenizer, model = cfg.tokenizer.build(), cfg.model.build()
-    initial = InitialWeights(model, seed=cfg.seed, num_layers=model.sizes.num_layers)
+    initial = InitialWeights(model, seed=cfg.seed)
     model.load_state_dict({name: initial.read(name) for name in model.state_dict()})
     given = {"tokenizer": tokenizer, "max_seq_len": cfg.max_seq_len, "shift_logits": False, "progress": False}
     dataset = cfg.dataset.build(**given)

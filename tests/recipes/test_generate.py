@@ -33,7 +33,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "mlp_dim": 24}
     with torch.device("meta"):
         model = llada(vocab_size=512, max_seq_len=CONTEXT, rope_base=1e4, norm_eps=1e-5, tie_embeddings=False, **sizes)
-    initial = InitialWeights(model, seed=1, num_layers=1)
+    initial = InitialWeights(model, seed=1)
     weights = {name: initial.read(name) * (1 if "norm" in name else 20) for name, _ in model.named_parameters()}
     weights["head.weight"][TOKENIZER.eos_id] *= 2.5  # often the likeliest
     save_hf(model, path, weights=weights.items(), tokenizer=TOKENIZER)

@@ -68,7 +68,7 @@ def build_recipe(output_dir: Path, *overrides: str) -> Any:
 
 def base_model(seed: int) -> Any:
     model = llada(**BASE_MODEL)
-    initial = InitialWeights(model, seed=seed, num_layers=2)
+    initial = InitialWeights(model, seed=seed)
     model.load_state_dict({name: initial.read(name) for name in model.state_dict()})
     return model
 
@@ -122,7 +122,7 @@ def test_the_first_step_is_that_of_full_fine_tuning_seen_through_the_adapters(tm
     full, lora = training_state(tmp_path / "full", 1), training_state(tmp_path / "lora", 1)
     cfg: Any = recipe_config(RECIPE).check(read_config(tmp_path / "full/config.yaml"))
     model = cfg.model.build()
-    start = InitialWeights(model, seed=0, num_layers=2)
+    start = InitialWeights(model, seed=0)
     adapted = [name.removesuffix(".lora_a.weight") for name in lora if name.endswith(".lora_a.weight")]
     adapted = [name for name in adapted if name.startswith("trained.model.")]
     assert len(adapted) == 2 * 7
@@ -151,7 +151,7 @@ def test_the_base_never_moves_and_every_adapter_does(tmp_path: Path, kind: str) 
     recipe = build_recipe(tmp_path, *KINDS[kind], "monitor_every=0", "optimizer.weight_decay=0.1")
     start = {name: param.detach().clone() for name, param in recipe.model.named_parameters() if param.requires_grad}
     recipe.train()
-    source = InitialWeights(recipe.model, seed=0, num_layers=recipe.model.sizes.num_layers)
+    source = InitialWeights(recipe.model, seed=0)
     num_quantized = 0
     for name, param in recipe.model.named_parameters():
         assert is_adapter(name) == param.requires_grad

@@ -104,12 +104,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Clause:
-    """A condition on a whole line.
-
-    Args:
-        kind: where the items have to be.
-        items: two for `sequence` and `adjacent`, one otherwise.
-    """
+    """A condition on a whole line: where its items have to be, two for `sequence` and `adjacent`, one otherwise."""
 
     kind: ClauseKind
     items: tuple[Item, ...]
@@ -141,12 +136,7 @@ _LINE_REGEX: dict[LineKind, Callable[..., str]] = {
 
 @dataclass(frozen=True)
 class Line:
-    """The root of a tree.
-
-    Args:
-        kind: how the clauses are joined.
-        clauses: one for `plain` and `not`, two otherwise.
-    """
+    """The root of a tree: one clause for `plain` and `not`, two otherwise."""
 
     kind: LineKind
     clauses: tuple[Clause, ...]

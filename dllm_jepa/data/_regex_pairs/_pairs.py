@@ -33,12 +33,10 @@ class Wording:
     """What one task talks about, and how.
 
     Args:
-        classes: its character classes.
         word_phrase: English of a fixed word.
         choice: English of a choice of two units.
         repeats: English of a repeat: at least once, at least n times, exactly n times.
         clauses: English of every kind of clause; more than one wording each, with the same reading.
-        lines: English of every kind of line.
         clause_weights: how often a clause that stands alone is of a kind, relative to the others.
         joined_weights: the same for a clause that is joined with another one.
         line_weights: how often a line is of a kind, relative to the others.
@@ -267,18 +265,7 @@ def _generated_examples(
     task: Literal["first", "second"] = "first",
     max_rows: Annotated[int, Ge(1)] | None = None,
 ) -> Examples:
-    """Generate the pairs.
-
-    Args:
-        num_pairs: number of pairs; see `generate_regex_pairs`, also for the next three.
-        seed: seed of the draw.
-        split: which languages to draw from.
-        task: which classes and wordings.
-        max_rows: take only the first so many; None for all.
-
-    Raises:
-        ValueError: an argument is out of range.
-    """
+    """Generate the pairs, of which only the first `max_rows` are taken; see `generate_regex_pairs`."""
     count = num_pairs if max_rows is None else min(num_pairs, max_rows)
     pairs = generate_regex_pairs(num_pairs=count, seed=seed, split=split, task=task)
     rows = [Row(f"pair {number}", pair) for number, pair in enumerate(pairs, start=1)]

@@ -74,11 +74,7 @@ class Language:
 
 
 def read_language(regex: str, *, dialect: Dialect) -> Language:
-    r"""The language of a regex.
-
-    Args:
-        regex: any text.
-        dialect: what `\b` is.
+    """The language of a regex.
 
     Raises:
         RegexSyntaxError: the text is no regex of the dialect.

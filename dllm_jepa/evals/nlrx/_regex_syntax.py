@@ -41,13 +41,9 @@ class RegexSyntaxError(ValueError):
 
 @dataclass
 class _Level:
-    """What has been read between two parentheses: alternatives of conjuncts of factors.
+    """What has been read between two parentheses: alternatives, conjuncts of the last one, factors of its last one.
 
-    Args:
-        alternatives: what stands before the last `|`.
-        conjuncts: what stands before the last `&` behind it.
-        factors: what stands behind that.
-        is_complement: whether the next factor is complemented; None if no `~` stands before it.
+    The next factor is complemented if `is_complement`, which is None where no `~` stands before it.
     """
 
     alternatives: list[Term] = field(default_factory=list)
@@ -57,12 +53,7 @@ class _Level:
 
 
 def parse(text: str, terms: Terms, *, dialect: Dialect) -> Term:
-    r"""Read a regex; without recursion, so that no nesting is too deep for it.
-
-    Args:
-        text: any text.
-        terms: what makes the terms.
-        dialect: what `\b` is.
+    """Read a regex; without recursion, so that no nesting is too deep for it.
 
     Raises:
         RegexSyntaxError: the text is no regex, is longer than 1,000 characters or has a repeat above 64.

@@ -125,11 +125,7 @@ class Terms:
         self.anything = self.complement(self.nothing)
 
     def spend(self, amount: int) -> None:
-        """Take from the budget.
-
-        Raises:
-            RegexTooLargeError: nothing is left.
-        """
+        """Take from the budget; `RegexTooLargeError` if nothing is left."""
         self._budget -= amount
         if self._budget < 0:
             raise RegexTooLargeError("more operations than the bound allows")
@@ -258,12 +254,7 @@ class Terms:
         return term
 
     def moves(self, term: Term, after_word: bool) -> Moves:
-        """The derivatives by every symbol.
-
-        Args:
-            term: what is derived.
-            after_word: whether the character before it is a word character.
-        """
+        """The derivatives by every symbol, behind a word character or not."""
         key = (term, after_word and term.has_boundary)
         found = self._moves.get(key)
         if found is None:

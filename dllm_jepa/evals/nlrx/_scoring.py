@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from dllm_jepa.errors import DataError
@@ -18,12 +17,8 @@ def equivalent(regex: str, other: str, *, dialect: Dialect = "word_boundary") ->
     Lines are texts of any characters; all characters but TAB and 0x20-0x7e count as one and the same, which is no word
     character. Each regex has to be one that can be read within the bounds: one that is not equals nothing, itself
     included. The bounds (1,000 characters, repeats of 64, nesting of 64 operators, and a number of operations that
-    takes below a second) do not depend on the speed of the machine. `_regex_syntax` describes the dialect.
-
-    Args:
-        regex: any text.
-        other: any text.
-        dialect: `word_boundary`, where `\b` is a zero-width word boundary, or `brics`, where it is a literal b.
+    takes below a second) do not depend on the speed of the machine. `_regex_syntax` describes the dialect: by
+    `word_boundary` `\b` is a zero-width word boundary, by `brics` a literal b.
 
     Raises:
         ValueError: there is no such dialect.
@@ -37,10 +32,6 @@ def equivalent(regex: str, other: str, *, dialect: Dialect = "word_boundary") ->
 def is_empty(regex: str, *, dialect: Dialect = "word_boundary") -> bool:
     """Whether a regex matches no line at all.
 
-    Args:
-        regex: any regex that `equivalent` can read.
-        dialect: as in `equivalent`.
-
     Raises:
         ValueError: the text is no regex or one that is too large.
     """
@@ -48,11 +39,7 @@ def is_empty(regex: str, *, dialect: Dialect = "word_boundary") -> bool:
 
 
 def gold_regex(row: Mapping[str, Any], *, dialect: Dialect = "word_boundary") -> str:
-    """The gold regex, without the white space at its ends.
-
-    Args:
-        row: with `regex`, a text.
-        dialect: as in `equivalent`.
+    """The gold regex, `regex` of a row, without the white space at its ends.
 
     Raises:
         DataError: it is no regex or one that is too large; no prediction could match it.
@@ -61,12 +48,7 @@ def gold_regex(row: Mapping[str, Any], *, dialect: Dialect = "word_boundary") ->
 
 
 def score(prediction: str, row: Mapping[str, Any], *, dialect: Dialect = "word_boundary") -> Score:
-    """Compare a predicted regex with the gold one; white space at the ends is no part of either.
-
-    Args:
-        prediction: any text.
-        row: with `regex`, the gold regex.
-        dialect: as in `equivalent`.
+    """Compare a predicted regex with `regex` of a row; white space at the ends is no part of either.
 
     Returns:
         `functional_match`, whether both match the same lines; `exact_match`, whether they are the same text; and
@@ -91,25 +73,8 @@ def score(prediction: str, row: Mapping[str, Any], *, dialect: Dialect = "word_b
     return Score(measures, note)
 
 
-@dataclass
-class _Group:
-    """Regexes of one language.
-
-    Args:
-        language: the language.
-        regexes: their texts, as often as they occur.
-    """
-
-    language: Language
-    regexes: list[str]
-
-
 def best_constant(regexes: Sequence[str], *, dialect: Dialect = "word_boundary") -> tuple[str, int]:
-    """The one answer that would be right most often, and how often.
-
-    Args:
-        regexes: gold regexes, at least one, all of them such that `equivalent` can read them.
-        dialect: as in `equivalent`.
+    """The one answer that would be right most often for gold regexes, and how often.
 
     Returns:
         The shortest text of the language that occurs most often, and the number of its occurrences; of several such
@@ -120,17 +85,18 @@ def best_constant(regexes: Sequence[str], *, dialect: Dialect = "word_boundary")
     """
     if not regexes:
         raise ValueError("there is no regex")
-    buckets: dict[int, list[_Group]] = {}
+    # By fingerprint: each language with its regexes, as often as they occur.
+    buckets: dict[int, list[tuple[Language, list[str]]]] = {}
     for regex, times in Counter(regexes).items():
         language = read_language(regex, dialect=dialect)
         bucket = buckets.setdefault(language.fingerprint(), [])
-        group = next((group for group in bucket if group.language.equals(language)), None)
-        if group is None:
-            group = _Group(language, [])
-            bucket.append(group)
-        group.regexes += [regex] * times
-    largest = max((group for bucket in buckets.values() for group in bucket), key=lambda group: len(group.regexes))
-    return min(largest.regexes, key=len), len(largest.regexes)
+        texts = next((texts for other, texts in bucket if other.equals(language)), None)
+        if texts is None:
+            texts = []
+            bucket.append((language, texts))
+        texts += [regex] * times
+    largest = max((texts for bucket in buckets.values() for _, texts in bucket), key=len)
+    return min(largest, key=len), len(largest)
 
 
 def _gold(row: Mapping[str, Any], dialect: Dialect) -> tuple[str, Language]:

@@ -24,9 +24,7 @@ class Databases:
     all of them.
 
     Args:
-        directory: holds one directory per database.
         db_ids: the databases that will be asked for.
-        limits: what one query may use.
         keep_distinct: leave DISTINCT in the queries; the official evaluation takes it out of gold and prediction, and
             so do we unless this is set.
 
@@ -38,10 +36,12 @@ class Databases:
         self, directory: Path, db_ids: Iterable[str], *, limits: Limits | None = None, keep_distinct: bool = False
     ) -> None:
         """Find the files."""
-        try:
-            wanted = sorted({_directory_name(db_id) for db_id in db_ids})
-        except ValueError as error:
-            raise DataError(f"a row names no database of {directory}: {error}") from error
+        wanted = sorted(set(db_ids), key=str)
+        for db_id in wanted:
+            if not isinstance(db_id, str) or db_id in ("", ".", "..") or Path(db_id).name != db_id or "\0" in db_id:
+                raise DataError(
+                    f"a row names no database of {directory}: db_id {db_id!r} must be the name of a directory"
+                )
         self._files = {
             db_id: sorted(file for file in (directory / db_id).glob("*.sqlite") if file.is_file()) for db_id in wanted
         }
@@ -57,32 +57,24 @@ class Databases:
         self._sandbox = Sandbox(limits)
 
     def files(self, db_id: str) -> list[Path]:
-        """The files of a database, one at least.
-
-        Raises:
-            ValueError: it is not among the `db_ids`.
-        """
+        """The files of a database, one at least."""
         if db_id not in self._files:
             raise ValueError(f"db_id {db_id!r} is not among the {len(self._files)} databases that were asked for")
         return self._files[db_id]
 
     def execute(self, sql: str, file: Path) -> Result:
-        """Run a query on a file, after the official changes to its text.
-
-        Raises:
-            DataError: the file is missing or damaged.
-        """
+        """Run a query on a file, after the official changes to its text; see `Sandbox.execute`."""
         return self._sandbox.execute(to_execute(sql, keep_distinct=self.keep_distinct), file)
 
 
 def score(prediction: str, row: Mapping[str, Any], databases: Databases) -> Score:
-    """Run a prediction and the gold query and compare their rows.
+    """Run a prediction and `query` of a row on the database `db_id` of the row, and compare what they give.
 
     `execution_match` follows the official test-suite evaluation: the rows are the same, each as often, under some
     order of the columns; their order counts only if the gold query has ORDER BY; a prediction that fails is wrong. It
     is None if the gold query itself cannot run on all files, as the row then tells nothing about the prediction.
     `exact_match` compares the queries as tokens: white space, comments, trailing semicolons, and case outside quotes do
-    not count.
+    not count. The note says why a prediction is wrong.
 
     A gold query that takes nearly as long as the limits allow may run on one machine and not on another, so the number
     of rows with a score may differ between them; on one machine it never depends on the predictions.
@@ -90,19 +82,11 @@ def score(prediction: str, row: Mapping[str, Any], databases: Databases) -> Scor
     Where the official evaluation takes DISTINCT out of a prediction, it also drops all behind its first statement and
     so accepts `SELECT 1; SELECT 2` for `SELECT 1`; here more than one statement is wrong.
 
-    Args:
-        prediction: anything at all.
-        row: has `db_id` and `query`, the gold query.
-        databases: has the row's database.
-
-    Returns:
-        The measures, and why the prediction is wrong.
-
     Raises:
         DataError: the database is damaged; the message names it.
 
     Source: taoyds/test-suite-sql-eval, exec_eval.py, the rules of `eval_exec_match` with the options as they are
-        unless set (Zhong et al. 2020, "Semantic Evaluation for Text-to-SQL with Distilled Test Suites").
+    unless set (Zhong et al. 2020, "Semantic Evaluation for Text-to-SQL with Distilled Test Suites").
     """
     gold = row["query"]
     match, note = _execution_match(prediction, gold, row["db_id"], databases)
@@ -127,14 +111,3 @@ def _execution_match(prediction: str, gold: str, db_id: str, databases: Database
         if not same_result(rows, found.rows, ordered=has_order_by(gold)):
             return False, f"other rows than the gold query ({len(found.rows)}, gold {len(rows)})"
     return True, ""
-
-
-def _directory_name(db_id: object) -> str:
-    """A `db_id` as it is, if a directory inside another one may have that name.
-
-    Raises:
-        ValueError: it may not: the name is empty, leads elsewhere, or is no text.
-    """
-    if not isinstance(db_id, str) or db_id in ("", ".", "..") or Path(db_id).name != db_id or "\0" in db_id:
-        raise ValueError(f"db_id {db_id!r} must be the name of a directory")
-    return db_id

@@ -15,15 +15,13 @@ def same_result(gold: Sequence[tuple[Value, ...]], predicted: Sequence[tuple[Val
     """Whether some order of the columns of `predicted` makes it `gold`.
 
     Values are equal as in Python: 1 and 1.0 are, 1 and "1" are not, None is itself. Two results without rows are the
-    same, whatever their columns.
+    same, whatever their columns. False also where the search would take too long, for results that look alike in every
+    way it knows.
 
     Args:
         gold: rows, all of one length.
         predicted: rows, all of one length.
         ordered: the order of the rows counts; otherwise only how often each occurs.
-
-    Returns:
-        The answer; False also where the search would take too long, for results that look alike in every way it knows.
 
     Source: taoyds/test-suite-sql-eval, exec_eval.py, the rules of `result_eq`.
     """

@@ -29,9 +29,6 @@ class Limits:
         max_rows: rows of the result.
         max_result_bytes: bytes of all values of the result; a number counts as 8.
         max_value_bytes: bytes of any value or row on the way, and of a row of the database.
-
-    Raises:
-        ValueError: one is not positive.
     """
 
     seconds: float = 30.0
@@ -48,12 +45,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Result:
-    """What a query gave.
-
-    Args:
-        rows: its rows; None if it failed.
-        failure: why it failed, in a few words; "" if it did not.
-    """
+    """The rows of a query, or why it failed, in a few words."""
 
     rows: list[tuple[Value, ...]] | None
     failure: str = ""
@@ -66,9 +58,6 @@ class Sandbox:
     functions and recurse; one statement is allowed; time, memory, lengths and rows are limited. Not all of SQLite
     looks at the clock (it may expand a query of a few lines to gigabytes before its first step), so the process has
     limits of its own, can write no file, and is killed if it does not answer in time; the next query gets a new one.
-
-    Args:
-        limits: what one query may use.
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
@@ -78,11 +67,7 @@ class Sandbox:
         self._end_worker: Callable[[], object] = lambda: None
 
     def execute(self, sql: str, database: Path) -> Result:
-        """Run a query on a database.
-
-        Args:
-            sql: anything at all; what fails gives a reason.
-            database: a SQLite file.
+        """Run a query, which may be anything at all, on a SQLite file.
 
         Raises:
             DataError: the database is missing or damaged.
@@ -100,7 +85,11 @@ class Sandbox:
             raise DataError(f"database {database} cannot be read: {answer['damage']}; it must be a file of SQLite")
         if "failure" in answer:
             return Result(None, answer["failure"])
-        return Result([tuple(_from_json(value) for value in row) for row in answer["rows"]])
+        # A blob comes as a list with its digits in base 16.
+        rows = [
+            [bytes.fromhex(value[0]) if isinstance(value, list) else value for value in row] for row in answer["rows"]
+        ]
+        return Result([tuple(row) for row in rows])
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """The worker's answer; None if it had to be killed or died."""
@@ -160,8 +149,3 @@ def _end(process: subprocess.Popen[str]) -> None:
     # Closing a pipe writes what is left in its buffer, which nobody reads any more.
     with contextlib.suppress(BrokenPipeError), process:
         pass
-
-
-def _from_json(value: Any) -> Value:
-    blob: Value = bytes.fromhex(value[0]) if isinstance(value, list) else value
-    return blob

@@ -63,9 +63,6 @@ class _Refused(Exception):
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Run one query.
 
-    Args:
-        request: `sql`; `uri` of the database; `seconds`, `max_rows`, `max_result_bytes` and `max_value_bytes`.
-
     Returns:
         `rows`, where a blob is a list with its digits in base 16; or `failure`, why there are none; or `damage`, what
         is wrong with the database.

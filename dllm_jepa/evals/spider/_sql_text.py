@@ -26,20 +26,11 @@ def from_code_fence(response: str) -> str:
     return found[1].strip() if found else response
 
 
-def tokens(sql: str) -> list[str]:
-    """The tokens of a query; white space and comments are none."""
-    return [text for kind, text in _split(sql) if kind != "blank"]
-
-
 def to_execute(sql: str, *, keep_distinct: bool) -> str:
     """What is run for a query: operators without blanks in them, 2020 for the current year, no trailing semicolons.
 
-    Args:
-        sql: gold or prediction.
-        keep_distinct: leave the word DISTINCT where it is.
-
     Source: taoyds/test-suite-sql-eval, exec_eval.py, the rules of `postprocess`, `replace_cur_year` and
-        `remove_distinct`. Semicolons are ours.
+    `remove_distinct`. Semicolons are ours.
     """
     sql = _CURRENT_YEAR.sub("2020", _join_operators(sql)).rstrip("; \t\r\n")
     if keep_distinct:
@@ -48,7 +39,7 @@ def to_execute(sql: str, *, keep_distinct: bool) -> str:
 
 
 def to_compare(sql: str) -> list[str]:
-    """Tokens of a query in lower case, quoted ones as they are, without trailing semicolons."""
+    """Tokens of a query in lower case, quoted ones as they are; without white space, comments and semicolons behind."""
     found = [
         text if kind == "quoted" else text.lower() for kind, text in _split(_join_operators(sql)) if kind != "blank"
     ]
@@ -59,8 +50,8 @@ def to_compare(sql: str) -> list[str]:
 
 def has_order_by(sql: str) -> bool:
     """Whether ORDER BY stands anywhere in a query, a subquery included."""
-    words = [token.lower() for token in tokens(sql)]
-    return any(pair == ("order", "by") for pair in zip(words, words[1:], strict=False))
+    words = to_compare(sql)
+    return ("order", "by") in zip(words, words[1:], strict=False)
 
 
 def _split(sql: str) -> Iterator[tuple[str, str]]:

@@ -27,12 +27,6 @@ class CanvasHistory:
             response a decoding leaves padding, which is not sampled.
         filled_at: int64 [B, G], the step that filled each token, from 1; 0 where none did.
         num_steps: steps so far.
-
-    Args:
-        num_rows: canvases, B.
-        gen_length: tokens of a canvas, G.
-        block_length: tokens of a block; one block is filled at a time, in all rows at once.
-        mask_id: id of the mask token.
     """
 
     def __init__(self, num_rows: int, *, gen_length: int, block_length: int, mask_id: int) -> None:
@@ -44,11 +38,7 @@ class CanvasHistory:
         self._blocks = torch.arange(gen_length) // block_length
 
     def add(self, canvas: Tensor) -> None:
-        """Take in the canvases after one more step.
-
-        Args:
-            canvas: int64 [B, G], masks included, on the CPU.
-        """
+        """Take in the canvases, int64 [B, G] on the CPU, after one more step."""
         self.num_steps += 1
         masked = canvas == self._mask_id
         is_new = self._masked & ~masked
@@ -80,8 +70,6 @@ class Denoising:
     """How one canvas was filled.
 
     Args:
-        prompt: what was asked.
-        cells: the canvas.
         num_steps: the step that filled the last one of it.
     """
 
@@ -93,14 +81,7 @@ class Denoising:
 def record_denoising(
     tokenizer: PieceTokenizer, prompt: str, canvas: Sequence[int], filled_at: Sequence[int]
 ) -> Denoising:
-    """From a canvas at the end, and when its tokens were filled in, to what the page shows.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        prompt: what was asked.
-        canvas: token ids; masks where none was filled in.
-        filled_at: the step that filled each token, from 1; 0 where none did.
-    """
+    """What the page shows, from a canvas at the end and the steps that filled its tokens (from 1; 0 where none did)."""
     cells = []
     for piece in split_pieces(tokenizer, canvas):
         step = max(filled_at[piece.start : piece.end])
@@ -109,21 +90,10 @@ def record_denoising(
 
 
 def denoising_page(denoisings: Sequence[Denoising], *, facts: Mapping[str, str]) -> str:
-    """The page, as HTML.
-
-    Args:
-        denoisings: what to show, one after the other; at least one.
-        facts: what the reader should know of model and decoding, by name.
-    """
+    """The page, as HTML; `facts` are what the reader should know of model and decoding, by name."""
     data = json.dumps([asdict(denoising) for denoising in denoisings]).translate(_ESCAPES)
     escaped = {html.escape(name): html.escape(visible(value)) for name, value in facts.items()}
     items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in escaped.items())
-    before, between, after = _template_parts()
-    return f"{before}{items}{between}{data}{after}"
-
-
-def _template_parts() -> tuple[str, str, str]:
-    """The template before the facts, between these and the data, and after."""
     before, rest = _TEMPLATE.read_text(encoding="utf-8").split("<!--facts-->")
     between, after = rest.split("<!--data-->")
-    return before, between, after
+    return f"{before}{items}{between}{data}{after}"

@@ -48,17 +48,10 @@ class Piece:
 
 
 def split_pieces(tokenizer: PieceTokenizer, canvas: Sequence[int]) -> list[Piece]:
-    """Cut a canvas into pieces that can be shown.
+    """Cut a canvas into pieces that can be shown, in their order; each position belongs to one of them.
 
     A token may hold only some bytes of a character; it is joined with its neighbours until the character is whole. A
     character of which a part is still masked shows as U+FFFD.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        canvas: token ids, masks among them.
-
-    Returns:
-        Pieces in their order; each position belongs to one of them.
     """
     pieces: list[Piece] = []
     start = 0  # of the piece that is being made; what is before it is in a piece
@@ -90,11 +83,7 @@ def _text_piece(tokenizer: PieceTokenizer, canvas: Sequence[int], start: int, en
 def visible(text: str) -> str:
     r"""Write control and format characters as `\x1b` or `\u202e`, so that none of them acts on who shows the text.
 
-    Args:
-        text: any text, such as what a model wrote.
-
-    Returns:
-        The text; line feeds, tabs, joiners and direction marks stay.
+    Line feeds, tabs, joiners and direction marks stay.
     """
     return "".join(
         character

@@ -22,12 +22,7 @@ _SECONDS_PER_FRAME = 0.04  # a small model would be done before anybody has seen
 
 
 class DenoisingView:
-    """Draws the canvas after every step, in place. Between two frames the terminal is as it was found.
-
-    Args:
-        stream: a terminal; see `is_terminal`.
-        tokenizer: the model's tokenizer.
-    """
+    """Draws the canvas after every step, in place. Between two frames the terminal is as it was found."""
 
     def __init__(self, stream: TextIO, tokenizer: PieceTokenizer) -> None:
         self._stream = stream
@@ -36,12 +31,7 @@ class DenoisingView:
         self._next_frame = 0.0
 
     def draw(self, canvas: Sequence[int], new: Collection[int]) -> None:
-        """Draw a canvas over the last one, at most 25 times a second.
-
-        Args:
-            canvas: token ids, masks among them.
-            new: positions that were filled in the last step.
-        """
+        """Draw a canvas over the last one, at most 25 times a second; `new` are positions filled in the last step."""
         time.sleep(max(0.0, self._next_frame - time.monotonic()))
         self._next_frame = time.monotonic() + _SECONDS_PER_FRAME
         size = shutil.get_terminal_size()
@@ -56,7 +46,7 @@ class DenoisingView:
         body = "".join(f"{line}{_CLEAR_TO_END_OF_LINE}\n" for line in lines)
         up = f"\x1b[{self._num_lines}A" if self._num_lines else ""
         frame = f"\r{up}{_WRAP_OFF}{body}{_CLEAR_BELOW}{_WRAP_ON}"
-        if not _can_write(self._stream, _MASK_SIGN + _END_SIGN):
+        if encodable(_MASK_SIGN + _END_SIGN, self._stream) != _MASK_SIGN + _END_SIGN:
             frame = frame.translate(_PLAIN_SIGNS)
         self._stream.write(encodable(frame, self._stream))
         self._stream.flush()
@@ -67,13 +57,8 @@ def frame_lines(pieces: Sequence[Piece], new: Collection[int], *, width: int, he
     """The lines of one frame, each as wide as the terminal at most.
 
     Masks are faint blocks, tokens that end a response faint dots, and what stands behind the first of these is faint
-    too. If there are more lines than fit, they end with the last one that has text.
-
-    Args:
-        pieces: the canvas.
-        new: positions that were filled in the last step; they are shown reversed.
-        width: columns, at least 2.
-        height: lines, at least 1.
+    too; the positions `new` are shown reversed. If there are more lines than fit, they end with the last one that has
+    text.
 
     Returns:
         1 to `height` lines, with escape sequences for the styles and no others; every line ends in the plain style.
@@ -129,7 +114,3 @@ def encodable(text: str, stream: TextIO) -> str:
     """The text, with an escape for every character that the stream's encoding does not have."""
     encoding = stream.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def _can_write(stream: TextIO, text: str) -> bool:
-    return encodable(text, stream) == text

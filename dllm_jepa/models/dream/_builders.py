@@ -20,20 +20,7 @@ def dream(
 ) -> MaskedDiffusionLM:
     """Build a Dream model of any size.
 
-    Args:
-        vocab_size: rows of the embedding.
-        embed_dim: hidden size.
-        num_layers: transformer layers.
-        num_heads: query heads.
-        num_kv_heads: key/value heads.
-        mlp_dim: width of the feed-forward layer.
-        max_seq_len: longest sequence in tokens.
-        rope_base: base of the rotary frequencies.
-        norm_eps: epsilon of the RMSNorms.
-        tie_embeddings: the head reuses the embedding.
-
-    Returns:
-        The model, with PyTorch's default initialization.
+    The arguments are those of `TransformerSizes`. Weights start as PyTorch has them.
 
     Raises:
         ValueError: if the sizes do not fit each other.
@@ -64,9 +51,6 @@ def dream_7b() -> MaskedDiffusionLM:
         num_heads=28,
         num_kv_heads=4,
         mlp_dim=18_944,
-        max_seq_len=2048,
-        rope_base=1_000_000.0,
-        norm_eps=1e-6,
     )
 
 

@@ -23,7 +23,7 @@ _LAYER_NAMES = {
     "mlp_norm.scale": "post_attention_layernorm.weight",
 }
 
-# Values of config.json that mean this architecture.
+# Values of config.json that mean this architecture; the first is written.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "use_sliding_window": (False, None),
@@ -69,13 +69,13 @@ def dream_sizes(config: dict[str, Any]) -> TransformerSizes:
 def dream_config(sizes: TransformerSizes) -> dict[str, Any]:
     """The published config.json keys for a model of these sizes."""
     return {
+        **{key: values[0] for key, values in _ALLOWED.items()},
         "architectures": ["DreamModel"],
         "attention_dropout": 0.0,
         "auto_map": {
             "AutoConfig": "configuration_dream.DreamConfig",
             "AutoModel": "modeling_dream.DreamModel",
         },
-        "hidden_act": "silu",
         "hidden_size": sizes.embed_dim,
         "initializer_range": 0.02,
         "intermediate_size": sizes.mlp_dim,
@@ -91,7 +91,5 @@ def dream_config(sizes: TransformerSizes) -> dict[str, Any]:
         "sliding_window": None,
         "tie_word_embeddings": sizes.tie_embeddings,
         "use_cache": False,
-        "use_mrope": False,
-        "use_sliding_window": False,
         "vocab_size": sizes.vocab_size,
     }

@@ -8,15 +8,9 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from dllm_jepa.models._tokenizer import Tokenizer, check_messages
-from dllm_jepa.models.files._tokenizer_files import (
-    SpecialTokens,
-    judged_by_tokenizers,
-    read_backend,
-    read_special_tokens,
-)
+from dllm_jepa.models.files._tokenizer_files import judged_by_tokenizers
 
-DEFAULT_SYSTEM = "You are a helpful assistant."
-_NAMES = SpecialTokens(mask="<|mask|>", eos="<|endoftext|>", bos="<|beginoftext|>")
+_DEFAULT_SYSTEM = "You are a helpful assistant."
 # Where a text is cut before merging: contractions, words with the character before them, single digits, signs, line
 # ends, spaces. Source: tokenization_dream.py of Dream-org/Dream-v0-Instruct-7B, the same as Qwen2's.
 _CUTS = (
@@ -28,6 +22,11 @@ class DreamTokenizer(Tokenizer):
     """Dream tokenizer; see `Tokenizer` for the arguments."""
 
     builder: ClassVar[str | None] = "dllm_jepa.models.dream.dream_tokenizer"
+    published_names: ClassVar[Mapping[str, str]] = {
+        "mask_token": "<|mask|>",
+        "eos_token": "<|endoftext|>",
+        "bos_token": "<|beginoftext|>",
+    }
     chat_tokens: ClassVar[tuple[str, ...]] = ("<|im_start|>", "<|im_end|>")
 
     def encode_chat(
@@ -35,20 +34,10 @@ class DreamTokenizer(Tokenizer):
     ) -> tuple[list[int], list[bool]]:
         r"""Encode a conversation as Dream Instruct was trained on; see `Tokenizer.encode_chat`.
 
-        For each message `<|im_start|>{role}\n{content}<|im_end|>\n`, without a bos token. As in the published
-        template, a conversation that does not start with a system message gets "You are a helpful assistant." as one.
+        For each message `<|im_start|>{role}\n{content}<|im_end|>\n`, without a bos token; the last line break is not
+        part of a response. As in the published template, a conversation that does not start with a system message gets
+        "You are a helpful assistant." as one.
         Content that starts with a line break is cut from the one after the role, where the template lets them merge.
-
-        Args:
-            messages: at least one {"role": "system" | "user" | "assistant", "content": text}.
-            add_generation_prompt: whether to append the header of an assistant message.
-
-        Returns:
-            Token ids, and `response` of the same length; the line break after `<|im_end|>` is not part of the response.
-
-        Raises:
-            ValueError: if there is no message, or one has an unknown role or no text.
-            CheckpointError: if the tokenizer lacks the chat tokens.
 
         Source: chat_template in tokenizer_config.json of Dream-org/Dream-v0-Instruct-7B, without its tool calls.
         """
@@ -56,7 +45,7 @@ class DreamTokenizer(Tokenizer):
         start, end = self._chat_ids()
         line_break = self.encode("\n")
         if messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
+            messages = [{"role": "system", "content": _DEFAULT_SYSTEM}, *messages]
         return self._encode_turns(
             messages,
             before=[],
@@ -73,15 +62,10 @@ def dream_tokenizer(path: str | Path) -> DreamTokenizer:
         path: directory with vocab.json and merges.txt, as published, or with tokenizer.json, which is preferred; and
             tokenizer_config.json.
 
-    Returns:
-        The tokenizer.
-
     Raises:
         CheckpointError: if a file is missing or broken, or there is no mask token.
     """
-    backend = read_backend(path, from_vocabulary=_qwen2_backend)
-    names = read_special_tokens(Path(path), backend, _NAMES)
-    return DreamTokenizer(backend, mask_token=names.mask, eos_token=names.eos, pad_token=names.pad, bos_token=names.bos)
+    return DreamTokenizer.read(path, from_vocabulary=_qwen2_backend)
 
 
 def _qwen2_backend(directory: Path) -> tokenizers.Tokenizer:

@@ -26,7 +26,12 @@ def model_card(part: str, state: Mapping[str, Any], config_yaml: str) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
     lora, about = state["model"].get("lora"), _PARTS[part]
     if lora is not None:
-        about += _about_adapters(lora)
+        kind = f"{'Q' * lora['quantize_base']}{'DoRA' if lora['use_dora'] else 'LoRA'}"
+        about += (
+            f" {kind} of rank {lora['rank']}: with `adapter_config.json` beside this page it is the adapter alone, for "
+            "`peft.PeftModel.from_pretrained` on its base or `dllm_jepa.models.load_adapter`; without, the base with "
+            "the adapter merged into it."
+        )
         made_from = f"LoRA on {'random weights' if base is None else f'`{base}`'}"
     else:
         made_from = "trained from scratch" if base is None else f"fine-tuned from `{base}`"
@@ -54,12 +59,3 @@ Last step of training, on its global batch:
 {config_yaml.strip()}
 ```
 """
-
-
-def _about_adapters(lora: Mapping[str, Any]) -> str:
-    kind = f"{'Q' * lora['quantize_base']}{'DoRA' if lora['use_dora'] else 'LoRA'}"
-    return (
-        f" {kind} of rank {lora['rank']}: with `adapter_config.json` beside this page it is the adapter alone, for "
-        "`peft.PeftModel.from_pretrained` on its base or `dllm_jepa.models.load_adapter`; without, the base with the "
-        "adapter merged into it."
-    )

@@ -1,4 +1,4 @@
-"""Values of a published config.json, checked one by one, for the families that read their sizes from it."""
+"""Values of a published config.json, each checked: KeyError where one is missing, ValueError where it is wrong."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +12,6 @@ def check_values(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...
         allowed: values, by key, that mean the family's architecture; the first is named in the message. A key that the
             file lacks is not checked.
         family: name of the family, for the message.
-
-    Raises:
-        ValueError: at the first key with another value.
     """
     if num_experts := config.get("num_experts"):
         raise ValueError(
@@ -32,11 +29,7 @@ def whole_number(config: Mapping[str, Any], key: str, default: int | None = None
     Args:
         config: content of the file.
         key: its key.
-        default: what the published class takes where the file has no value or null; None if it needs one.
-
-    Raises:
-        KeyError: if there is neither a value nor a default.
-        ValueError: if the value is not a whole number of at least 1.
+        default: what the published class takes where the file has no value or null; None if it needs one (KeyError).
     """
     if default is not None and config.get(key) is None:
         return default
@@ -47,7 +40,7 @@ def whole_number(config: Mapping[str, Any], key: str, default: int | None = None
 
 
 def positive_number(config: Mapping[str, Any], key: str) -> float:
-    """A number above 0; errors as of `whole_number`."""
+    """A number above 0."""
     value = config[key]
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
         raise ValueError(f"{key} is {value!r}; it must be a number above 0")
@@ -55,7 +48,7 @@ def positive_number(config: Mapping[str, Any], key: str) -> float:
 
 
 def flag(config: Mapping[str, Any], key: str, default: bool | None = None) -> bool:
-    """True or false; arguments and errors as of `whole_number`."""
+    """True or false; arguments as of `whole_number`."""
     if default is not None and config.get(key) is None:
         return default
     value = config[key]
@@ -65,12 +58,7 @@ def flag(config: Mapping[str, Any], key: str, default: bool | None = None) -> bo
 
 
 def rope_base(config: Mapping[str, Any]) -> float:
-    """Base of the rotary frequencies: `rope_theta`, which transformers 5 moves into `rope_parameters`.
-
-    Raises:
-        KeyError: if neither has it.
-        ValueError: if positions are scaled (YaRN and the like), or the two contradict each other.
-    """
+    """Base of the rotary frequencies: `rope_theta`, which transformers 5 moves into `rope_parameters`."""
     parameters = config.get("rope_parameters") or {}
     if not isinstance(parameters, dict):
         raise ValueError(f"rope_parameters is {parameters!r}; it must be an object")

@@ -22,11 +22,7 @@ Prompt = Mapping[str, str | None]
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object.
-
-    Raises:
-        CheckpointError: if it is not JSON (with the position) or not an object.
-    """
+    """Read a JSON file that holds one object; a CheckpointError says where it is not JSON."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -52,25 +48,13 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_prompt(directory: Path) -> Prompt | None:
-    """The prompt format that an exported model or adapter was trained with; None if its directory names none.
-
-    Raises:
-        CheckpointError: if the file that names it is broken.
-    """
+    """The prompt format that an exported model or adapter was trained with; None if its directory names none."""
     file = directory / _PROMPT_NAME
     return check_prompt(read_json_object(file).get("prompt"), file) if file.exists() else None
 
 
 def check_prompt(prompt: Any, file: Path) -> Prompt | None:
-    """Refuse what is no prompt format.
-
-    Args:
-        prompt: what a file says of it; None stands for nothing.
-        file: that file, for the message.
-
-    Raises:
-        CheckpointError: naming the file, the value and what is allowed.
-    """
+    """Refuse, with a CheckpointError, what a file calls a prompt format and is none; None is allowed."""
     if prompt is None:
         return None
     if (

@@ -1,10 +1,8 @@
-"""Adapters merged into the weights of their base, one weight at a time; the model in memory stays as it is.
-
-Shape legend: r rank, I inputs and O outputs of a linear layer.
-"""
+"""Adapters merged into the weights of their base, one weight at a time; the model in memory stays as it is."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,38 +30,26 @@ def save_merged(
     prompt: Prompt | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the plain model that computes what a model with adapters does; see `save_hf`.
+    """Write the plain model that computes what a model with adapters does; arguments and errors as of `save_hf`.
 
     Args:
         model: a model with adapters, on any device; it gives the family, the sizes and the settings.
         path: directory to create.
-        read: gives a weight of the base by name, as it was before it was quantized.
-        adapters: full tensors of the adapters, by parameter name.
+        read: see `merged_weights`.
+        adapters: see `merged_weights`.
         like: see `save_hf`.
         dtype: type to store; the sums are taken in fp32.
         tokenizer: see `save_hf`.
         card: see `save_hf`.
         prompt: see `save_hf`.
         shard_bytes: see `save_hf`.
-
-    Raises:
-        CheckpointError: see `save_hf`.
     """
     assert model.lora is not None, "the model has no adapters"
     with torch.device("meta"):
         plain = FAMILIES[model.family].build(model.sizes)
     weights = merged_weights(plain.state_dict(), read, adapters, model.lora)
-    save_hf(
-        plain,
-        path,
-        like,
-        dtype,
-        weights=weights,
-        tokenizer=tokenizer,
-        card=card,
-        prompt=prompt,
-        shard_bytes=shard_bytes,
-    )
+    files: dict[str, Any] = {"tokenizer": tokenizer, "card": card, "prompt": prompt}
+    save_hf(plain, path, like, dtype, weights=weights, shard_bytes=shard_bytes, **files)
 
 
 def merged_weights(
@@ -73,7 +59,7 @@ def merged_weights(
 
     Args:
         names: parameter names of the plain model, in its order.
-        read: gives a weight of the base, as it was before it was quantized.
+        read: gives a weight of the base by name, as it was before it was quantized.
         adapters: full tensors of the adapters, by parameter name.
         settings: what the adapters are like.
 
@@ -82,34 +68,15 @@ def merged_weights(
     """
     for name in names:
         module = name.removesuffix(".weight")
-        if f"{module}.lora_a.weight" not in adapters:
+        lora_a, lora_b = (adapters.get(f"{module}.{part}.weight") for part in ("lora_a", "lora_b"))
+        if lora_a is None or lora_b is None:
             yield name, read(name)
-            continue
-        yield (
-            name,
-            merged_weight(
-                read(name),
-                adapters[f"{module}.lora_a.weight"],
-                adapters[f"{module}.lora_b.weight"],
-                adapters.get(f"{module}.magnitude"),
-                settings.scaling,
-            ),
-        )
+        else:
+            yield name, _merge(read(name), lora_a, lora_b, adapters.get(f"{module}.magnitude"), settings.scaling)
 
 
-def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None, scaling: float) -> Tensor:
-    """One weight of the base with its adapter: W + scaling * B A, and for DoRA its rows brought to their magnitudes.
-
-    Args:
-        weight: [O, I].
-        lora_a: [r, I].
-        lora_b: [O, r].
-        magnitude: [O], or None without DoRA.
-        scaling: alpha / r.
-
-    Returns:
-        fp32 [O, I].
-    """
+def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None, scaling: float) -> Tensor:
+    """W [outputs, inputs] + scaling * B A in fp32, and for DoRA its rows brought to their magnitudes."""
     lora_a, lora_b = lora_a.to(weight.device, torch.float32), lora_b.to(weight.device, torch.float32)
     merged = torch.addmm(weight.float(), lora_b, lora_a, alpha=scaling)
     if magnitude is None:

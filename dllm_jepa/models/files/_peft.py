@@ -65,10 +65,9 @@ def save_adapter(
         model: a model with adapters, on any device; it gives the family, the sizes and the settings.
         path: directory to create.
         adapters: full tensors, by our parameter names.
-        base: directory of the base, whose absolute path and fingerprint are stored; None for a base with random
-            weights.
+        base: directory of the base, whose absolute path and fingerprint are stored; None for random weights.
         tokenizer: its files are written if there is no base, whose directory has them otherwise.
-        card: text of README.md; None writes none.
+        card: see `save_hf`.
         prompt: see `save_hf`.
 
     Raises:
@@ -141,8 +140,9 @@ class OpenedAdapter:
             )
         published = FAMILIES[checkpoint.family].hf_names(checkpoint.sizes)
         settings = _settings(path / ADAPTER_CONFIG_NAME, config, saved, published)
-        names = _check_shapes(path / _WEIGHTS_NAME, add_lora(checkpoint.build(), settings), saved)
-        return cls(checkpoint, settings, {name: saved[theirs] for name, theirs in names.items()})
+        model = add_lora(checkpoint.build(), settings)
+        _check_shapes(path / _WEIGHTS_NAME, model, saved)
+        return cls(checkpoint, settings, {name: saved[theirs] for name, theirs in _peft_names(model).items()})
 
     def fingerprint(self) -> str:
         """A sha256 of the adapter, its settings and the fingerprint of its base."""
@@ -228,15 +228,13 @@ def _settings(
         raise CheckpointError(f"{file} has unusable settings: {error}") from None
 
 
-def _check_shapes(file: Path, model: MaskedDiffusionLM, saved: Mapping[str, Tensor]) -> dict[str, str]:
-    """Hold the tensors of a file against a model on the meta device; returns their names, by ours."""
+def _check_shapes(file: Path, model: MaskedDiffusionLM, saved: Mapping[str, Tensor]) -> None:
     names = _peft_names(model)
     expected = {names[name]: tuple(p.shape) for name, p in model.named_parameters() if is_adapter(name)}
     found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         lines = [f"{name}: {found.get(name, 'missing')}, needed {expected.get(name, 'nothing')}" for name in wrong[:10]]
         raise CheckpointError(f"{file} does not fit its settings:\n  " + "\n  ".join(lines))
-    return names
 
 
 def _peft_names(model: MaskedDiffusionLM) -> dict[str, str]:

@@ -90,15 +90,13 @@ class HFCheckpoint:
             )
         if not problems:
             base = {name: param for name, param in model.named_parameters() if not is_adapter(name)}
-            shapes = {self._names[name]: tuple(param.shape) for name, param in base.items()}
-            problems += [
-                f"missing tensor {name} {list(shapes[name])}" for name in sorted(shapes.keys() - self._file_of)
-            ]
+            shapes = {self._names[name]: list(param.shape) for name, param in base.items()}
+            problems += [f"missing tensor {name} {shapes[name]}" for name in sorted(shapes.keys() - self._file_of)]
             problems += self._unexpected_tensors(shapes.keys())
             for name in sorted(shapes.keys() & self._file_of.keys()):
-                found = tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
+                found = [*self._slice(name).get_shape()]
                 if found != shapes[name]:
-                    problems.append(f"tensor {name} has shape {list(found)}, the model needs {list(shapes[name])}")
+                    problems.append(f"tensor {name} has shape {found}, the model needs {shapes[name]}")
         if problems:
             raise CheckpointError(f"checkpoint {self.path} does not fit the model:\n  " + "\n  ".join(problems))
 
@@ -114,35 +112,23 @@ class HFCheckpoint:
         problems = []
         if self.sizes.tie_embeddings and head in unexpected and embedding in self._file_of:
             unexpected.remove(head)
-            if not torch.equal(self._tensor(head), self._tensor(embedding)):
+            if not torch.equal(self._slice(head)[:], self._slice(embedding)[:]):
                 problems.append(f"tensor {head} differs from {embedding}, though config.json ties the two")
         return problems + [f"unexpected tensor {name}" for name in sorted(unexpected)]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """Read a weight by our name.
-
-        Args:
-            name: parameter name of `MaskedDiffusionLM`.
-            rows: slice of the first dimension; None reads everything.
-
-        Returns:
-            The tensor on CPU, in the stored type.
-        """
-        return self._tensor(self._names[name], rows)
-
-    def _tensor(self, hf_name: str, rows: slice | None = None) -> Tensor:
-        weights = self._files[self._file_of[hf_name]].get_slice(hf_name)
-        tensor: Tensor = weights[:] if rows is None else weights[rows]
+        """Read a weight by our name, or a slice of its first dimension: on the CPU, in the stored type."""
+        tensor: Tensor = self._slice(self._names[name])[slice(None) if rows is None else rows]
         return tensor
 
-    def fingerprint(self) -> str:
-        """The sha256 of a few rows of every tensor.
+    def _slice(self, hf_name: str) -> Any:
+        return self._files[self._file_of[hf_name]].get_slice(hf_name)
 
-        Enough to notice another checkpoint, in which practically every weight differs, without reading all of it.
-        """
+    def fingerprint(self) -> str:
+        """The sha256 of a few rows of every tensor: enough to notice another checkpoint without reading all of it."""
         digest = hashlib.sha256()
         for name in sorted(self._names.values()):
-            weights = self._files[self._file_of[name]].get_slice(name)
+            weights = self._slice(name)
             num_rows = weights.get_shape()[0]
             digest.update(f"{name} {weights.get_dtype()} {weights.get_shape()}".encode())
             for number in range(_NUM_SAMPLED_ROWS):
@@ -172,9 +158,7 @@ class HFCheckpoint:
 def load_hf(
     path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> MaskedDiffusionLM:
-    """Load a published checkpoint into one process.
-
-    The family is picked by `model_type`; only config.json and safetensors are read, tensor by tensor.
+    """Load a published checkpoint into one process, tensor by tensor.
 
     Args:
         path: directory with config.json and safetensors.

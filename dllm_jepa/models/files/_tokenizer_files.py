@@ -6,7 +6,6 @@ by name, because their ids differ between checkpoints of one family.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,6 @@ BUILDER_KEY = "dllm_jepa.tokenizer"  # in tokenizer_config.json; the library of 
 ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Names of the special tokens; None where there is none of its own."""
-
-    mask: str
-    eos: str
-    pad: str | None = None
-    bos: str | None = None
-
-
 def tokenizer_builder(directory: str | Path) -> str | None:
     """Path of the function that makes the tokenizer of a directory, where `Tokenizer.save` has noted it."""
     file = Path(directory) / CONFIG_NAME
@@ -41,19 +30,13 @@ def tokenizer_builder(directory: str | Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def read_special_tokens(directory: Path, backend: tokenizers.Tokenizer, family: SpecialTokens) -> SpecialTokens:
-    """Find the names of the special tokens of a checkpoint.
+def read_special_tokens(
+    directory: Path, backend: tokenizers.Tokenizer, published_names: Mapping[str, str]
+) -> dict[str, str]:
+    """Find the names of the special tokens of a checkpoint, as arguments of `Tokenizer`.
 
     A name comes from tokenizer_config.json, else special_tokens_map.json, else (if it is in the vocabulary) from the
-    family; the mask token at last from the `mask_token_id` of config.json.
-
-    Args:
-        directory: the checkpoint.
-        backend: its tokenizer.
-        family: names that the published checkpoints of the family use.
-
-    Returns:
-        Names that are all in the vocabulary.
+    published checkpoints of the family; the mask token at last from the `mask_token_id` of config.json.
 
     Raises:
         CheckpointError: if a named token is not in the vocabulary, no mask or eos token is found, or the mask token is
@@ -62,26 +45,29 @@ def read_special_tokens(directory: Path, backend: tokenizers.Tokenizer, family: 
     files = [directory / name for name in (CONFIG_NAME, SPECIAL_MAP_NAME) if (directory / name).exists()]
     sources = {file: read_json_object(file) for file in files}
     found = {}
-    for key in ("mask", "eos", "pad", "bos"):
-        found[key] = _named_token(sources, f"{key}_token", backend)
-        default = getattr(family, key)
-        if found[key] is None and default is not None and backend.token_to_id(default) is not None:
-            found[key] = default
-    mask, eos = found["mask"] or _mask_by_id(directory, backend), found["eos"]
-    if mask is None:
+    for key in ("mask_token", "eos_token", "pad_token", "bos_token"):
+        name = _named_token(sources, key, backend) or published_names.get(key)
+        if name is not None and backend.token_to_id(name) is not None:
+            found[key] = name
+    if "mask_token" not in found and (by_id := _mask_by_id(directory, backend)) is not None:
+        found["mask_token"] = by_id
+    if "mask_token" not in found:
         raise CheckpointError(
-            f"tokenizer without a mask token: {directory / CONFIG_NAME} names no mask_token, {family.mask!r} is not in "
-            f"the vocabulary and {directory / 'config.json'} has no mask_token_id that is the id of a token. Use the "
-            f'tokenizer files of a masked diffusion checkpoint, or name its token under "mask_token" in {CONFIG_NAME}'
+            f"tokenizer without a mask token: {directory / CONFIG_NAME} names no mask_token, "
+            f"{published_names['mask_token']!r} is not in the vocabulary and {directory / 'config.json'} has no "
+            "mask_token_id that is the id of a token. Use the tokenizer files of a masked diffusion checkpoint, or "
+            f'name its token under "mask_token" in {CONFIG_NAME}'
         )
-    if eos is None:
+    if "eos_token" not in found:
         raise CheckpointError(
-            f"tokenizer without an eos token: {directory / CONFIG_NAME} names no eos_token and {family.eos!r} is not "
-            f'in the vocabulary; name it under "eos_token" in {CONFIG_NAME}'
+            f"tokenizer without an eos token: {directory / CONFIG_NAME} names no eos_token and "
+            f'{published_names["eos_token"]!r} is not in the vocabulary; name it under "eos_token" in {CONFIG_NAME}'
         )
-    if same := [key for key in ("eos", "pad", "bos") if found[key] == mask]:
-        raise CheckpointError(f"{directory}: {mask!r} is both the mask token and the {same[0]} token; they must differ")
-    return SpecialTokens(mask=mask, eos=eos, pad=found["pad"], bos=found["bos"])
+    mask = found["mask_token"]
+    if same := [key for key in ("eos_token", "pad_token", "bos_token") if found.get(key) == mask]:
+        other = same[0].replace("_", " ")
+        raise CheckpointError(f"{directory}: {mask!r} is both the mask token and the {other}; they must differ")
+    return found
 
 
 def _named_token(sources: Mapping[Path, Mapping[str, Any]], key: str, backend: tokenizers.Tokenizer) -> str | None:
@@ -111,15 +97,12 @@ def _mask_by_id(directory: Path, backend: tokenizers.Tokenizer) -> str | None:
 def read_backend(
     path: str | Path, from_vocabulary: Callable[[Path], tokenizers.Tokenizer] | None = None
 ) -> tokenizers.Tokenizer:
-    """Read the tokenizer of a checkpoint.
+    """Read the tokenizer of a checkpoint, with every added token under the id that tokenizer_config.json gives it.
 
     Args:
         path: the checkpoint directory.
         from_vocabulary: builds the tokenizer from a directory with vocab.json and merges.txt, for families that publish
             these instead of tokenizer.json.
-
-    Returns:
-        The tokenizer, with every added token under the id that tokenizer_config.json gives it.
 
     Raises:
         CheckpointError: if the directory or its tokenizer files are missing, broken or contradict each other.
@@ -134,10 +117,10 @@ def read_backend(
     elif from_vocabulary and (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
         backend = from_vocabulary(directory)
     else:
-        needed = (
+        lacks = (
             f"neither {TOKENIZER_NAME} nor vocab.json with merges.txt" if from_vocabulary else f"no {TOKENIZER_NAME}"
         )
-        raise CheckpointError(f"{directory} has {needed}; download the tokenizer files of the checkpoint too")
+        raise CheckpointError(f"{directory} has {lacks}; download the tokenizer files of the checkpoint too")
     _add_tokens(backend, directory)
     return backend
 
@@ -154,13 +137,19 @@ def _add_tokens(backend: tokenizers.Tokenizer, directory: Path) -> None:
     if not isinstance(entries, dict) or not all(_is_added_token(key, entry) for key, entry in entries.items()):
         raise CheckpointError(f"{file}: every added token needs an id >= 0 and its text as 'content'")
     # The library gives a new token the next free id, so they are added in the order of their ids.
+    ids = sorted(entries, key=int)
     tokens = []
-    for _, entry in sorted(entries.items(), key=lambda item: int(item[0])):
+    for entry in map(entries.__getitem__, ids):
         flags = {flag: entry[flag] for flag in ADDED_TOKEN_FLAGS if flag in entry}
         tokens.append(AddedToken(entry["content"], **flags))
     backend.add_tokens([token for token in tokens if backend.token_to_id(token.content) is None])
     backend.add_special_tokens([token for token in tokens if token.special])
-    _check_ids(backend, {entry["content"]: int(token_id) for token_id, entry in entries.items()}, file)
+    for token_id, token in zip(ids, tokens, strict=True):
+        if (actual := backend.token_to_id(token.content)) != int(token_id):
+            raise CheckpointError(
+                f"{file} gives the token {token.content!r} the id {token_id}, but the tokenizer has it at {actual}; "
+                "take all tokenizer files from the same checkpoint"
+            )
 
 
 def _is_added_token(token_id: str, entry: Any) -> bool:
@@ -172,26 +161,9 @@ def _is_added_token(token_id: str, entry: Any) -> bool:
     )
 
 
-def _check_ids(backend: tokenizers.Tokenizer, ids: Mapping[str, int], file: Path) -> None:
-    """Hold the ids that a file gives to tokens against the tokenizer, which numbers added tokens by itself."""
-    for name, token_id in ids.items():
-        if (actual := backend.token_to_id(name)) != token_id:
-            raise CheckpointError(
-                f"{file} gives the token {name!r} the id {token_id}, but the tokenizer has it at {actual}; take all "
-                "tokenizer files from the same checkpoint"
-            )
-
-
 @contextmanager
 def judged_by_tokenizers(files: str) -> Iterator[None]:
-    """Let the library read tokenizer files, around its call alone.
-
-    Args:
-        files: what it reads, for the message.
-
-    Raises:
-        CheckpointError: with its reason, if it refuses them.
-    """
+    """Turn what the library raises over these files into a CheckpointError; around its call alone."""
     try:
         yield
     except Exception as error:  # the library raises nothing more specific

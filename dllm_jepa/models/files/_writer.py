@@ -59,8 +59,7 @@ def save_hf(
             None takes them from the model.
         tokenizer: without `like`, its files are written and its special ids go into config.json.
         card: text of README.md, the model card; None writes none.
-        prompt: prompt format of the training, written to dllm_jepa.json: `template` ("chat" or "plain") and
-            `system_prompt` (a text or None). None writes none.
+        prompt: prompt format of the training, written to dllm_jepa.json; None writes none.
         shard_bytes: largest size of a weight file in bytes.
 
     Raises:
@@ -72,21 +71,15 @@ def save_hf(
     named = weights if weights is not None else model.state_dict().items()
     with export_directory(Path(path), card, prompt) as directory:
         _write_shards(model, directory, named, dtype, shard_bytes)
-        _write_rest(model, directory, template, tokenizer)
-
-
-def _write_rest(
-    model: MaskedDiffusionLM, directory: Path, template: HFCheckpoint | None, tokenizer: Tokenizer | None
-) -> None:
-    if template is not None:
-        for file in {file for pattern in _COPIED for file in template.path.glob(pattern)}:
-            shutil.copyfile(file, directory / file.name)
-        return
-    config = FAMILIES[model.family].config(model.sizes)
-    if tokenizer is not None:
-        tokenizer.save(directory)
-        config |= {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("mask", "eos", "pad", "bos")}
-    write_json(directory / "config.json", config)
+        if template is not None:
+            for file in {file for pattern in _COPIED for file in template.path.glob(pattern)}:
+                shutil.copyfile(file, directory / file.name)
+            return
+        config = FAMILIES[model.family].config(model.sizes)
+        if tokenizer is not None:
+            tokenizer.save(directory)
+            config |= {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("mask", "eos", "pad", "bos")}
+        write_json(directory / "config.json", config)
 
 
 def _write_shards(

@@ -20,20 +20,8 @@ def llada(
 ) -> MaskedDiffusionLM:
     """Build a LLaDA model of any size.
 
-    Args:
-        vocab_size: rows of the embedding.
-        embed_dim: hidden size.
-        num_layers: transformer layers.
-        num_heads: query heads.
-        mlp_dim: width of the feed-forward layer.
-        num_kv_heads: key/value heads; None means `num_heads`.
-        max_seq_len: longest sequence in tokens.
-        rope_base: base of the rotary frequencies.
-        norm_eps: epsilon of the RMSNorms.
-        tie_embeddings: the head reuses the embedding.
-
-    Returns:
-        The model, with PyTorch's default initialization.
+    The arguments are those of `TransformerSizes`; `num_kv_heads: None` means `num_heads`. Weights start as PyTorch has
+    them.
 
     Raises:
         ValueError: if the sizes do not fit each other.
@@ -63,9 +51,6 @@ def llada_8b() -> MaskedDiffusionLM:
         num_layers=32,
         num_heads=32,
         mlp_dim=12_288,
-        max_seq_len=4096,
-        rope_base=500_000.0,
-        norm_eps=1e-5,
     )
 
 

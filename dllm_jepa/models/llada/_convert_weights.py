@@ -17,7 +17,7 @@ _LAYER_NAMES = {
     "mlp_norm.scale": "ff_norm.weight",
 }
 
-# Values of config.json that mean this architecture.
+# Values of config.json that mean this architecture; the first is written.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "block_type": ("llama",),
     "layer_norm_type": ("rms",),
@@ -29,7 +29,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "attention_layer_norm": (False, None),
     "scale_logits": (False, None),
     "input_emb_norm": (False, None),
-    "multi_query_attention": (False, None),
+    "multi_query_attention": (None, False),  # where false, the published class takes no grouped heads
 }
 
 
@@ -72,12 +72,10 @@ def llada_sizes(config: dict[str, Any]) -> TransformerSizes:
 def llada_config(sizes: TransformerSizes) -> dict[str, Any]:
     """The published config.json keys for a model of these sizes."""
     return {
-        "activation_type": "silu",
-        "alibi": False,
+        **{key: values[0] for key, values in _ALLOWED.items()},
         "alibi_bias_max": 8.0,
         "architectures": ["LLaDAModelLM"],
         "attention_dropout": 0.0,
-        "attention_layer_norm": False,
         "attention_layer_norm_with_affine": True,
         "auto_map": {
             "AutoConfig": "configuration_llada.LLaDAConfig",
@@ -86,35 +84,27 @@ def llada_config(sizes: TransformerSizes) -> dict[str, Any]:
         },
         "bias_for_layer_norm": False,
         "block_group_size": 1,
-        "block_type": "llama",
         "d_model": sizes.embed_dim,
         "embedding_dropout": 0.0,
         "embedding_size": sizes.vocab_size,
         "flash_attention": False,
-        "include_bias": False,
-        "include_qkv_bias": False,
         "init_cutoff_factor": None,
         "init_device": "meta",
         "init_fn": "mitchell",
         "init_std": 0.02,
-        "input_emb_norm": False,
-        "layer_norm_type": "rms",
         "layer_norm_with_affine": True,
         "max_sequence_length": sizes.max_seq_len,
         "mlp_hidden_size": sizes.mlp_dim,
         "mlp_ratio": 4,
         "model_type": "llada",
-        "multi_query_attention": None,
         "n_heads": sizes.num_heads,
         "n_kv_heads": sizes.num_kv_heads,
         "n_layers": sizes.num_layers,
         "precision": "amp_bf16",
         "residual_dropout": 0.0,
         "rms_norm_eps": sizes.norm_eps,
-        "rope": True,
         "rope_full_precision": True,
         "rope_theta": sizes.rope_base,
-        "scale_logits": False,
         "use_cache": False,
         "vocab_size": sizes.vocab_size,
         "weight_tying": sizes.tie_embeddings,

@@ -6,15 +6,17 @@ from typing import ClassVar
 
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.models._tokenizer import Tokenizer, check_messages
-from dllm_jepa.models.files._tokenizer_files import SpecialTokens, read_backend, read_special_tokens
-
-_NAMES = SpecialTokens(mask="<|mdm_mask|>", eos="<|endoftext|>", bos="<|startoftext|>")
 
 
 class LLaDATokenizer(Tokenizer):
     """LLaDA tokenizer; see `Tokenizer` for the arguments."""
 
     builder: ClassVar[str | None] = "dllm_jepa.models.llada.llada_tokenizer"
+    published_names: ClassVar[Mapping[str, str]] = {
+        "mask_token": "<|mdm_mask|>",
+        "eos_token": "<|endoftext|>",
+        "bos_token": "<|startoftext|>",
+    }
     chat_tokens: ClassVar[tuple[str, ...]] = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
     def encode_chat(
@@ -26,17 +28,6 @@ class LLaDATokenizer(Tokenizer):
         `<|start_header_id|>{role}<|end_header_id|>\n\n{content, stripped}<|eot_id|>`. There is no default system
         message. The published template appends the header of an assistant message even after an answer; here it is
         appended only with `add_generation_prompt`.
-
-        Args:
-            messages: at least one {"role": "system" | "user" | "assistant", "content": text}.
-            add_generation_prompt: whether to append the header of an assistant message.
-
-        Returns:
-            Token ids, and `response` of the same length.
-
-        Raises:
-            ValueError: if there is no message, or one has an unknown role or no text.
-            CheckpointError: if this is the tokenizer of a base model, which lacks the chat tokens.
 
         Source: chat_template in tokenizer_config.json of GSAI-ML/LLaDA-8B-Instruct.
         """
@@ -61,12 +52,7 @@ def llada_tokenizer(path: str | Path) -> LLaDATokenizer:
     Args:
         path: directory with tokenizer.json and, as published, tokenizer_config.json.
 
-    Returns:
-        The tokenizer.
-
     Raises:
         CheckpointError: if a file is missing or broken, or there is no mask token.
     """
-    backend = read_backend(path)
-    names = read_special_tokens(Path(path), backend, _NAMES)
-    return LLaDATokenizer(backend, mask_token=names.mask, eos_token=names.eos, pad_token=names.pad, bos_token=names.bos)
+    return LLaDATokenizer.read(path)

@@ -8,7 +8,6 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from dllm_jepa.models._tokenizer import Tokenizer, check_messages
-from dllm_jepa.models.files._tokenizer_files import SpecialTokens, read_backend, read_special_tokens
 from dllm_jepa.models.tiny._vocabulary import (
     BOS_TOKEN,
     END_OF_TURN_TOKEN,
@@ -30,6 +29,11 @@ class TinyTokenizer(Tokenizer):
     """
 
     builder: ClassVar[str | None] = "dllm_jepa.models.tiny.tiny_tokenizer"
+    published_names: ClassVar[Mapping[str, str]] = {
+        "mask_token": MASK_TOKEN,
+        "eos_token": EOS_TOKEN,
+        "bos_token": BOS_TOKEN,
+    }
     chat_tokens: ClassVar[tuple[str, ...]] = (*ROLE_TOKENS.values(), END_OF_TURN_TOKEN)
 
     def encode_chat(
@@ -58,13 +62,9 @@ def tiny_tokenizer(path: str | Path | None = None) -> TinyTokenizer:
     Raises:
         CheckpointError: if the files are missing or broken.
     """
-    names = SpecialTokens(mask=MASK_TOKEN, eos=EOS_TOKEN, bos=BOS_TOKEN)
-    if path is None:
-        backend = _build()
-    else:
-        backend = read_backend(path)
-        names = read_special_tokens(Path(path), backend, names)
-    return TinyTokenizer(backend, mask_token=names.mask, eos_token=names.eos, pad_token=names.pad, bos_token=names.bos)
+    if path is not None:
+        return TinyTokenizer.read(path)
+    return TinyTokenizer(_build(), **TinyTokenizer.published_names)
 
 
 def _build() -> tokenizers.Tokenizer:
