@@ -19,6 +19,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -467,11 +468,12 @@ class DLLMJEPARecipe:
         online = training.trained_tensors(self.model)
         try:
             for part in EXPORTS[self.cfg.export]:
+                names = self.run.missing(exports(self.cfg, part))  # what exists is from before an interruption
                 averaged = part == "target" and self.target_encoder is not None
                 stream = training.full_tensors(self.target_encoder.weights(online) if averaged else online)
                 if not self.ranks.is_rank_zero:
                     deque(stream, maxlen=0)  # gathering takes part on every rank
-                self.ranks.on_rank_zero(lambda part=part, stream=stream: self.write_export(part, stream))
+                self.ranks.on_rank_zero(partial(self.write_export, part, names, stream))
         except (OSError, UserError) as error:
             self.save(self.num_steps)
             self.checkpoints.finish()
@@ -480,7 +482,7 @@ class DLLMJEPARecipe:
                 f"{self.run.checkpoints}; `dllm-jepa export {self.run.path} OUT` writes the model elsewhere"
             ) from error
 
-    def write_export(self, part: str, stream: Iterator[tuple[str, Tensor]]) -> None:
+    def write_export(self, part: str, names: list[str], stream: Iterator[tuple[str, Tensor]]) -> None:
         """Write a model as a Hugging Face directory, of LoRA as an adapter; on rank zero."""
         cfg, base = self.cfg, self.cfg.checkpoint_dir
         state = self.fingerprint | {"step": self.num_steps, "metrics": self.run.metrics.last_row}
@@ -489,7 +491,7 @@ class DLLMJEPARecipe:
         dtype = DTYPES[cfg.export_dtype or cfg.compute_dtype]
         try:
             adapters = {} if self.model.lora is None else dict(stream)
-            for name in self.run.missing(exports(cfg, part)):  # what exists is from before an interruption
+            for name in names:
                 path = self.run.exports[name]
                 if self.model.lora is None:
                     save_hf(self.model, path, base, dtype, weights=stream, **files)

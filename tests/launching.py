@@ -147,7 +147,8 @@ def _rank(
     os.environ |= {name: str(value) for name, value in sizes.items()}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    torch._dynamo.config.disable = os.environ.get("TORCHDYNAMO_DISABLE") == "1"  # it is read at the import, long ago
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        torch.compiler.set_stance("force_eager")  # the variable itself is read at the import, which was long ago
     try:
         function(*arguments)
     except KeyboardInterrupt:
