@@ -74,9 +74,6 @@ def _parser() -> argparse.ArgumentParser:
         help="check a run without starting it: its config, and the files it names",
         usage="dllm-jepa validate <recipe> --config <config> [key=value ...]",
     )
-    validate.add_argument("recipe", help="name of a recipe, or path of a copy")
-    validate.add_argument("words", nargs="*", metavar="key=value", help="as for a run; ~key removes a key")
-    validate.add_argument("--config", default="", help="name or path of a config")
     validate.set_defaults(command=_validate)
 
     memory = commands.add_parser(
@@ -84,11 +81,12 @@ def _parser() -> argparse.ArgumentParser:
         help="compute the peak memory per GPU of a training run, without a GPU",
         usage="dllm-jepa memory <recipe> --config <config> [--gpus N] [key=value ...]",
     )
-    memory.add_argument("recipe", help="name of a recipe, or path of a copy")
-    memory.add_argument("words", nargs="*", metavar="key=value", help="as for a run; ~key removes a key")
-    memory.add_argument("--config", default="", help="name or path of a config")
-    memory.add_argument("--gpus", type=int, default=1, help="GPUs of the run (default: 1)")
     memory.set_defaults(command=_memory)
+    for command in (validate, memory):
+        command.add_argument("recipe", help="name of a recipe, or path of a copy")
+        command.add_argument("words", nargs="*", metavar="key=value", help="as for a run; ~key removes a key")
+        command.add_argument("--config", default="", help="name or path of a config")
+    memory.add_argument("--gpus", type=int, default=1, help="GPUs of the run (default: 1)")
 
     checkpoints = commands.add_parser("checkpoints", help="list the training states of a run, and verify them")
     checkpoints.add_argument("directory", type=Path, help="output_dir of a run, or one of its training states")
@@ -141,7 +139,10 @@ def _first_comment_line(path: Path) -> str:
 
 def _cp(arguments: argparse.Namespace) -> None:
     """Copy a packaged file; what is there already is kept unless --force."""
-    source = _packaged_file(arguments.name)
+    packaged = find_recipes() | find_configs()
+    if arguments.name not in packaged:
+        raise ConfigError(f"no recipe or config is named {arguments.name!r}. There are: {', '.join(packaged)}")
+    source = packaged[arguments.name]
     destination: Path = arguments.destination
     if destination.is_dir():
         destination = destination / source.name
@@ -201,7 +202,9 @@ def _memory(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--gpus: {arguments.gpus} given, must be at least 1")
     values = config.load_config(["--config", arguments.config, *arguments.words], recipe)
     paths = {key: "." for key in ("output_dir", "checkpoint_dir") if values.get(key) == "???"}
-    values = {key: _with_paths(value) for key, value in (values | paths).items()}
+    for key, value in (values := values | paths).items():
+        if isinstance(value, dict):  # paths inside that are not given
+            values[key] = {name: "." if inner == "???" else inner for name, inner in value.items()}
     cfg: Any = recipe.check(values, config.Launch(world_size=arguments.gpus, num_gpus=1))
     gpus = "1 GPU" if arguments.gpus == 1 else f"each of {arguments.gpus} GPUs"
     print(
@@ -212,13 +215,6 @@ def _memory(arguments: argparse.Namespace) -> None:
     width = max(len(row) for row, _ in rows) + 2
     for row, num_bytes in rows:
         print(f"  {row:<{width}}{num_bytes / 2**30:8.2f} GiB")
-
-
-def _with_paths(value: Any) -> Any:
-    """A value with a stand-in for paths inside that are not given."""
-    if isinstance(value, dict):
-        return {name: "." if inner == "???" else inner for name, inner in value.items()}
-    return value
 
 
 def _checkpoints(arguments: argparse.Namespace) -> None:
@@ -273,20 +269,30 @@ def _run(words: list[str]) -> None:
     if {"-h", "--help"}.intersection(words):
         print(f"usage: {_RUN_USAGE}\n\nOptions of torchrun: torchrun --help. Keys of a recipe: dllm-jepa keys RECIPE.")
         return
-    words = _with_separate_config(words)
-    _check_names(words)
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" not in words[:-1]:
+        raise LaunchError(f"--config is missing. Usage: {_RUN_USAGE}")
+    resolve_config(words[words.index("--config") + 1])
     launch = get_args_parser().parse_args(words)
-    path = find_recipes().get(launch.training_script) or Path(launch.training_script)
+    recipe, recipes = launch.training_script, find_recipes()
+    path = recipes.get(recipe) or Path(recipe)
     is_file = path.suffix == ".py" and path.is_file()
+    if not is_file:
+        sys.path.append(str(Path.cwd()))  # where `tune run` looks for a module, too
+        if not _is_module(recipe):
+            raise LaunchError(
+                f"{recipe!r} is neither a file nor a module nor one of our recipes: {', '.join(recipes)}. "
+                f"Usage: {_RUN_USAGE}"
+            )
     launch.module = not is_file
-    if launch.training_script == words[0]:  # no option of torchrun: one process, this one
+    if recipe == words[0]:  # no option of torchrun: one process, this one
         sys.argv = [str(path), *launch.training_script_args]
         if is_file:
             runpy.run_path(str(path), run_name="__main__")
         else:
-            runpy.run_module(launch.training_script, run_name="__main__")
+            runpy.run_module(recipe, run_name="__main__")
         return
-    launch.training_script = str(path) if is_file else launch.training_script
+    launch.training_script = str(path) if is_file else recipe
     if launch.nnodes in ("1", "1:1") and not launch.rdzv_endpoint:
         launch.standalone = True  # on a free port, so that two runs can share a machine
     try:
@@ -308,47 +314,11 @@ def _lm_eval(words: list[str]) -> None:
     lm_eval_adapter.main()
 
 
-def _with_separate_config(words: list[str]) -> list[str]:
-    """Write `--config=x` as `--config x`, the only form that `tune run` takes."""
-    separate: list[str] = []
-    for word in words:
-        separate += ["--config", word.removeprefix("--config=")] if word.startswith("--config=") else [word]
-    return separate
-
-
-def _check_names(words: list[str]) -> None:
-    """Raise unless the words name a recipe and a config that are there."""
-    from torch.distributed.run import get_args_parser
-
-    if "--config" not in words[:-1]:
-        raise LaunchError(f"--config is missing. Usage: {_RUN_USAGE}")
-    resolve_config(words[words.index("--config") + 1])
-    recipe = get_args_parser().parse_args(words).training_script
-    recipes = find_recipes()
-    if recipe in recipes or Path(recipe).is_file():
-        return
-    sys.path.append(str(Path.cwd()))  # where `tune run` looks for a module, too
-    if not _is_module(recipe):
-        names = ", ".join(recipes)
-        raise LaunchError(
-            f"{recipe!r} is neither a file nor a module nor one of our recipes: {names}. Usage: {_RUN_USAGE}"
-        )
-
-
 def _is_module(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
         return False
-
-
-def _packaged_file(name: str) -> Path:
-    """Return the file of a packaged recipe or config."""
-    recipes, configs = find_recipes(), find_configs()
-    found = recipes.get(name) or configs.get(name)
-    if found is None:
-        raise ConfigError(f"no recipe or config is named {name!r}. There are: {', '.join([*recipes, *configs])}")
-    return found
 
 
 if __name__ == "__main__":

@@ -41,12 +41,12 @@ def shown(value: object) -> str:
 
 
 def nearest_first(word: str, names: Iterable[str]) -> list[str]:
-    """Return `names` sorted by likeness to `word`, the most alike first."""
+    """The names, sorted by likeness to `word`, the most alike first."""
     stem = Path(word).stem
     return sorted(names, key=lambda name: -difflib.SequenceMatcher(None, stem, name).ratio())
 
 
 def suggestion(word: str, names: Iterable[str]) -> str:
-    """Return ` Did you mean x?` for the name nearest to `word`, or nothing if none is near."""
+    """` Did you mean x?` for the name nearest to `word`, or nothing if none is near."""
     matches = difflib.get_close_matches(word, list(names), n=1, cutoff=0.6)
     return f" Did you mean {matches[0]}?" if matches else ""

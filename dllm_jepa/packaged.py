@@ -12,32 +12,28 @@ _PACKAGE_DIR = Path(__file__).resolve().parent
 
 
 def _folders() -> tuple[Path, Path]:
-    """Return the folders of the configs and of the recipes."""
-    packaged_configs = _PACKAGE_DIR / "configs"
-    root = _PACKAGE_DIR.parent
+    """The folders of the configs and of the recipes."""
+    packaged_configs, root = _PACKAGE_DIR / "configs", _PACKAGE_DIR.parent
     return (packaged_configs, root) if packaged_configs.is_dir() else (root / "configs", root / "recipes")
 
 
 def find_configs() -> dict[str, Path]:
-    """Return the path of every packaged config by name, sorted; `lab/tiny.yaml` is named `lab/tiny`."""
+    """The path of every packaged config by name, sorted; `lab/tiny.yaml` is named `lab/tiny`."""
     folder, _ = _folders()
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def find_recipes() -> dict[str, Path]:
-    """Return the path of every packaged recipe by module name, sorted."""
+    """The path of every packaged recipe by module name, sorted."""
     _, folder = _folders()
     return {path.stem: path for path in sorted(folder.glob("dllm_jepa_*.py"))}
 
 
 def resolve_config(name_or_path: str) -> Path:
-    """Return the file that a `--config` value means: a packaged config by name, else the user's own file by path.
-
-    Args:
-        name_or_path: Name of a packaged config, such as `tiny`, or path of a yaml file.
+    """The file that a `--config` value means: a packaged config by name, else the user's own file by path.
 
     Raises:
-        ConfigError: If it is neither; the message lists the packaged configs, nearest first.
+        ConfigError: if it is neither; the message lists the packaged configs, nearest first.
     """
     configs = find_configs()
     if name_or_path in configs:

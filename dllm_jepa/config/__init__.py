@@ -4,13 +4,11 @@ from dllm_jepa.config import _rules as rules
 from dllm_jepa.config._bases import Checkpoint, Count, Rate, TrainedModel, Training
 from dllm_jepa.config._component import Component, Given, locate
 from dllm_jepa.config._config import (
-    NO_FP16,
     Config,
     Dtype,
     Launch,
     MayChange,
     PathText,
-    Refused,
     Rule,
     Section,
     Text,
@@ -25,7 +23,6 @@ from dllm_jepa.config._rules import has_adapters
 from dllm_jepa.packaged import find_configs, find_recipes, resolve_config
 
 __all__ = [
-    "NO_FP16",
     "Checkpoint",
     "Component",
     "Config",
@@ -37,7 +34,6 @@ __all__ = [
     "PathText",
     "Phrase",
     "Rate",
-    "Refused",
     "Rule",
     "Section",
     "Text",

@@ -159,8 +159,7 @@ class Training(Config):
         _rules.optimizer_in_bwd_in_one_process,
         _rules.optimizer_in_bwd_trains_everything,
         _rules.adapters_in_fp32,
-        _rules.dora_magnitudes_in_fp32,
-        _rules.quantized_dora_in_one_process,
+        _rules.dora_on_several_processes,
     )
     remarks: ClassVar[tuple[Rule, ...]] = (_rules.small_rate_on_bf16_weights,)
 

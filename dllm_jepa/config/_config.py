@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from dllm_jepa.config._component import COMPONENT_PROBLEMS, UNSET, UnsetReference
-from dllm_jepa.config._describe import Phrase, describe
+from dllm_jepa.config._describe import COMPONENT, Phrase, describe
 from dllm_jepa.errors import ConfigError, shown, suggestion
 from dllm_jepa.packaged import find_recipes
 
@@ -67,23 +67,9 @@ class Verbatim:
     """
 
 
-@dataclass(frozen=True)
-class Refused:
-    """In an annotation: words that a user may well try, why they are not offered, and what to take instead."""
-
-    words: tuple[str, ...]
-    reason: str
-
-
 Text = Annotated[str, StringConstraints(pattern=r"\S")]
 PathText = Annotated[Text, Phrase("a path")]
-
-NO_FP16 = Refused(
-    ("fp16", "float16", "half"),
-    "fp16 overflows without loss scaling, which these recipes do not do; bf16 takes the same memory and has the range "
-    "of fp32, so take bf16 or fp32",
-)
-Dtype = Annotated[Literal["fp32", "bf16"], NO_FP16]
+Dtype = Literal["fp32", "bf16"]
 
 # What other frameworks call these keys, or where people look for them.
 _ELSEWHERE = {
@@ -183,7 +169,7 @@ class Config(Section):
 
     def warnings(self, launch: Launch | None = None) -> list[str]:
         """What a valid config should be warned about, one line each."""
-        return _call(self.remarks, {name: getattr(self, name) for name in type(self).model_fields}, launch)
+        return [*_call(self.remarks, {name: getattr(self, name) for name in type(self).model_fields}, launch)]
 
     def to_yaml(self) -> str:
         """The config as yaml: given to a recipe again, it makes the same run."""
@@ -210,16 +196,13 @@ class Config(Section):
         return result, lines
 
 
-def _call(rules: Iterable[Rule], valid: Mapping[str, Any], launch: Launch | None) -> list[str]:
+def _call(rules: Iterable[Rule], valid: Mapping[str, Any], launch: Launch | None) -> Iterator[str]:
     """The lines of every rule whose keys are all there."""
     known = dict(valid) if launch is None else {**valid, "launch": launch}
-    called = ((rule, list(inspect.signature(rule).parameters)) for rule in rules)
-    return [
-        line
-        for rule, names in called
-        if all(n in known for n in names)
-        for line in rule(**{n: known[n] for n in names})
-    ]
+    for rule in rules:
+        names = inspect.signature(rule).parameters.keys()
+        if names <= known.keys():
+            yield from rule(**{name: known[name] for name in names})
 
 
 def _unset(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -257,12 +240,19 @@ def _lines(cls: type[Config], error: ValidationError, values: Mapping[str, Any])
 def _owner(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
     """The class that has a key, and the key's name after those of the sections around it."""
     names = [str(location[0])]
-    field = cls.model_fields.get(names[0])
-    inner = None if field is None else field.annotation
-    if len(location) > 1 and isinstance(inner, type) and issubclass(inner, BaseModel):
-        owner, rest = _owner(inner, location[1:])
-        return owner, names + rest
+    for name in map(str, location[1:]):
+        inner = section_of(cls, names[-1])
+        if inner is None:  # what is inside a component or a list
+            break
+        cls, names = inner, [*names, name]
     return cls, names
+
+
+def section_of(cls: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The class of the section that a key stands for; None for another key."""
+    field = cls.model_fields.get(name)
+    inner = None if field is None else field.annotation
+    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
 
 
 def _value(values: Any, names: list[str], default: object) -> Any:
@@ -305,10 +295,13 @@ def _recipes_with(name: str) -> list[str]:
 
 def _wrong_value(owner: type[BaseModel], names: list[str], value: object) -> str:
     key, name = ".".join(names), names[-1]
-    for refused in marks(owner.model_fields[name], Refused):
-        if value in refused.words:
-            return f"{key}: {value} is not offered: {refused.reason}"
-    return f"{key}: {shown(value)} given, must be {_allowed(owner, name)}{_meaning(owner, name)}"
+    allowed = _allowed(owner, name)
+    if value in ("fp16", "float16", "half") and "bf16" in allowed:
+        return (
+            f"{key}: {value} is not offered: fp16 overflows without loss scaling, which these recipes do not do; bf16 "
+            "takes the same memory and has the range of fp32, so take bf16 or fp32"
+        )
+    return f"{key}: {shown(value)} given, must be {allowed}{_meaning(owner, name)}"
 
 
 def _allowed(owner: type[BaseModel], name: str) -> str:
@@ -331,30 +324,26 @@ def _metadata(field: FieldInfo) -> Iterator[Any]:
         pending += [part for part in getattr(annotation, "__args__", ()) if not isinstance(part, str)]
 
 
-def has_mark(field: FieldInfo, mark: type) -> bool:
-    """Whether the annotation of a field has a mark such as `MayChange`."""
-    return any(entry is mark or isinstance(entry, mark) for entry in _metadata(field))
-
-
 def marks(field: FieldInfo, kind: type) -> list[Any]:
-    """The entries of a kind in the annotation of a field."""
-    return [entry for entry in _metadata(field) if isinstance(entry, kind)]
+    """The entries of a kind in the annotation of a field: the class itself, such as `MayChange`, or instances of it."""
+    return [entry for entry in _metadata(field) if entry is kind or isinstance(entry, kind)]
+
+
+def has_mark(field: FieldInfo, kind: type) -> bool:
+    """Whether the annotation of a field has such an entry."""
+    return bool(marks(field, kind))
 
 
 def key_table(cls: type[Config]) -> str:
     """The keys of a config class as a Markdown table."""
-    rows = ["| key | value | default | effect |", "|---|---|---|---|", *_rows(cls, "")]
-    return "\n".join(rows)
+    return "\n".join(["| key | value | default | effect |", "|---|---|---|---|", *_rows(cls, "")])
 
 
 def _rows(cls: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in cls.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _rows(field.annotation, f"{prefix}{name}.")
+        if inner := section_of(cls, name):
+            yield from _rows(inner, f"{prefix}{name}.")
             continue
         default = "must be given" if field.is_required() else f"`{shown(field.get_default(call_default_factory=True))}`"
-        allowed = describe(field.annotation, field.metadata)
-        allowed = allowed.replace(
-            "a mapping with `_component_: package.builder` and its keyword arguments", "a component"
-        )
+        allowed = _allowed(cls, name).replace(COMPONENT, "a component")
         yield f"| `{prefix}{name}` | {allowed} | {default} | {field.description or ''} |"

@@ -11,6 +11,8 @@ import annotated_types as at
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+COMPONENT = "a mapping with `_component_: package.builder` and its keyword arguments"
+
 
 @dataclass(frozen=True)
 class Phrase:
@@ -62,7 +64,7 @@ def _described_class(annotation: Any, metadata: Sequence[Any]) -> str:
         if issubclass(annotation, BaseModel):
             return "a mapping with the keys " + ", ".join(annotation.model_fields)
         if annotation.__name__ == "Component":
-            return "a mapping with `_component_: package.builder` and its keyword arguments"
+            return COMPONENT
         if issubclass(annotation, Mapping):
             return "a mapping"
         return annotation.__name__
@@ -70,19 +72,10 @@ def _described_class(annotation: Any, metadata: Sequence[Any]) -> str:
 
 
 def _range(metadata: Sequence[Any]) -> str:
-    low = high = ""
-    least: Any = None
-    most: Any = None
-    for entry in metadata:
-        match entry:
-            case at.Ge(ge=bound):
-                low, least = ">=", bound
-            case at.Gt(gt=bound):
-                low, least = ">", bound
-            case at.Le(le=bound):
-                high, most = "<=", bound
-            case at.Lt(lt=bound):
-                high, most = "<", bound
-    if low and high:
+    signs = {at.Ge: ">=", at.Gt: ">", at.Le: "<=", at.Lt: "<"}
+    signed = [(signs[type(e)], getattr(e, type(e).__name__.lower())) for e in metadata if type(e) in signs]
+    bounds = {sign[0]: (sign, bound) for sign, bound in signed}
+    if len(bounds) == 2:
+        (low, least), (high, most) = bounds[">"], bounds["<"]
         return f" in {'[' if low == '>=' else '('}{least}, {most}{']' if high == '<=' else ')'}"
-    return f" {low} {least}" if low else f" {high} {most}" if high else ""
+    return "".join(f" {sign} {bound}" for sign, bound in bounds.values())

@@ -6,12 +6,12 @@ import importlib.util
 import inspect
 import json
 import os
+import runpy
 import sys
 import time
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 import yaml
@@ -24,8 +24,6 @@ from dllm_jepa.errors import ConfigError, LaunchError, LostRankError, UserError,
 from dllm_jepa.packaged import find_configs, find_recipes, resolve_config
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
-
-_NO_CONFIG = "--config is missing: give the name of a packaged config (`dllm-jepa ls` lists them) or a yaml file"
 
 # When one rank exits, torchrun ends the others. A rank other than 0 that fails waits so long for rank 0 to fail with
 # the same message; if it is still there then, rank 0 had no problem and the message is this rank's own.
@@ -75,34 +73,23 @@ def recipe_config(recipe: str) -> type[Config]:
     Raises:
         LaunchError: if there is no such recipe, or it has no `recipe_main` that `config.parse` decorates.
     """
-    main = getattr(_recipe_module(recipe), "recipe_main", None)
-    config_class: type[Config] | None = getattr(main, "config_class", None)
+    config_class: type[Config] | None = getattr(_names(recipe).get("recipe_main"), "config_class", None)
     if config_class is None:
         raise LaunchError(f"{recipe} is no recipe: it has no function recipe_main under @config.parse")
     return config_class
 
 
-def _recipe_module(recipe: str) -> ModuleType:
+def _names(recipe: str) -> dict[str, Any]:
+    """What the module of a recipe defines."""
     path = Path(recipe)
     if recipe in find_recipes():
-        return importlib.import_module(recipe)
+        return vars(importlib.import_module(recipe))
     if path.suffix == ".py" and path.is_file():
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None, path
-        module = importlib.util.module_from_spec(spec)
-        namesake = sys.modules.get(path.stem)
-        sys.modules[path.stem] = module  # annotations are resolved by way of it
-        try:
-            spec.loader.exec_module(module)
-        finally:
-            del sys.modules[path.stem]
-            if namesake is not None:
-                sys.modules[path.stem] = namesake
-        return module
+        return runpy.run_path(recipe, run_name=path.stem)
     find_from_here()
     try:
         if importlib.util.find_spec(recipe) is not None:
-            return importlib.import_module(recipe)
+            return vars(importlib.import_module(recipe))
     except (ImportError, ValueError):
         pass
     names = ", ".join(nearest_first(recipe, find_recipes()))
@@ -159,7 +146,9 @@ def _split(words: Sequence[str]) -> tuple[str, list[str]]:
         else:
             others.append(word)
     if not name:
-        raise ConfigError(_NO_CONFIG)
+        raise ConfigError(
+            "--config is missing: give the name of a packaged config (`dllm-jepa ls` lists them) or a yaml file"
+        )
     return name, others
 
 
@@ -177,8 +166,7 @@ def _apply(cfg: DictConfig, word: str) -> None:
     key, separator, text = word.partition("=")
     if not separator or not key or key.startswith("-"):
         raise ConfigError(f"command line: {word!r} is neither key=value nor ~key; options of torchrun come first")
-    value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-    assert isinstance(value, dict), type(value)
+    value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
     present: Any = OmegaConf.to_container(cfg, resolve=False)  # what stands there may refer to what is still to be set
     for part in key.split("."):
         present = present.get(part) if isinstance(present, dict) else None
@@ -209,8 +197,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: if the file cannot be read or is not a yaml mapping.
     """
-    values = OmegaConf.to_container(_read(path), resolve=False)
-    assert isinstance(values, dict), type(values)
+    values: Any = OmegaConf.to_container(_read(path), resolve=False)
     return {str(key): value for key, value in values.items()}
 
 

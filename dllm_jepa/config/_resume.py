@@ -9,7 +9,7 @@ from pydantic_core import to_jsonable_python
 
 from dllm_jepa.config._bases import Training
 from dllm_jepa.config._component import Component, Given
-from dllm_jepa.config._config import MayChange, has_mark, marks
+from dllm_jepa.config._config import MayChange, has_mark, marks, section_of
 from dllm_jepa.config._parse import read_config
 from dllm_jepa.errors import ConfigError, shown
 
@@ -51,8 +51,8 @@ def check_resume(cfg: Training, saved: Path) -> list[str]:
 def _with_defaults(cls: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
     filled = dict(values)
     for name, field in cls.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            filled[name] = _with_defaults(field.annotation, values.get(name) or {})
+        if inner := section_of(cls, name):
+            filled[name] = _with_defaults(inner, values.get(name) or {})
         elif name not in values and not field.is_required():
             default = field.get_default(call_default_factory=True)
             filled[name] = default.as_mapping() if isinstance(default, Component) else to_jsonable_python(default)

@@ -18,9 +18,6 @@ from dllm_jepa.config._config import Launch
 # A schedule is built for so many steps when the yaml does not say: longer than any warm-up.
 _MANY_STEPS = 10_000_000
 
-# Products of float8 with scales by row: Ada, Hopper and later.
-_FLOAT8_CAPABILITY = (8, 9)
-
 _WHOLE_AVERAGE = "dllm_jepa.jepa.ema_target_encoder"
 _ADAPTER_AVERAGE = "dllm_jepa.jepa.ema_adapter_target_encoder"
 _OFFLOADED = ("torchao.optim.CPUOffloadOptimizer", "torchao.optim.cpu_offload.CPUOffloadOptimizer")
@@ -274,19 +271,18 @@ def adapters_in_fp32(model: Component, dtype: str) -> Iterator[str]:
         )
 
 
-def dora_magnitudes_in_fp32(model: Component, compute_dtype: str, launch: Launch) -> Iterator[str]:
-    """FSDP gathers every parameter in the compute type, and small steps of magnitudes are lost in bf16."""
-    if launch.world_size > 1 and compute_dtype != "fp32" and model.argument("use_dora"):
+def dora_on_several_processes(model: Component, compute_dtype: str, launch: Launch) -> Iterator[str]:
+    """FSDP gathers every parameter in the compute type, and of a quantized weight never the whole, which DoRA needs."""
+    if launch.world_size == 1 or not model.argument("use_dora"):
+        return
+    if compute_dtype != "fp32":
         yield (
             f"model.use_dora: true with compute_dtype: {compute_dtype} on {launch.world_size} processes, where "
             "magnitudes would be used in bf16, which loses their small steps; set use_dora: false or compute_dtype: "
             "fp32, or start one process"
         )
 
-
-def quantized_dora_in_one_process(model: Component, launch: Launch) -> Iterator[str]:
-    """DoRA needs the whole weight in every forward, which FSDP2 does not give of a quantized one."""
-    if launch.world_size > 1 and model.argument("use_dora") and model.argument("quantize_base"):
+    if model.argument("quantize_base"):
         yield (
             f"model.use_dora: true with quantize_base: true on {launch.world_size} processes, which FSDP2 cannot "
             "shard; set use_dora: false or quantize_base: false, or start one process"
@@ -408,11 +404,14 @@ def float8_capability(target_encoder: Component | None, device: str, launch: Lau
     """An older GPU has no products of float8."""
     if not _is_float8(target_encoder) or device != "cuda" or launch.num_gpus == 0:
         return
-    capability = _lowest_capability(launch.num_gpus)
-    if capability < _FLOAT8_CAPABILITY:
+    import torch
+
+    # This starts CUDA in the process.
+    major, minor = min(map(torch.cuda.get_device_capability, range(launch.num_gpus)))
+    if (major, minor) < (8, 9):
         yield (
-            f"target_encoder.float8: true on a GPU of compute capability {capability[0]}.{capability[1]}, but it needs "
-            "8.9 or more (Ada, Hopper and later); set target_encoder.float8: false"
+            f"target_encoder.float8: true on a GPU of compute capability {major}.{minor}, but it needs 8.9 or more "
+            "(Ada, Hopper and later); set target_encoder.float8: false"
         )
 
 
@@ -517,10 +516,3 @@ def _is_low_bit(optimizer: Component) -> bool:
 
 def _is_float8(target_encoder: Component | None) -> bool:
     return target_encoder is not None and target_encoder.arguments.get("float8") is True
-
-
-def _lowest_capability(num_gpus: int) -> tuple[int, int]:
-    """The lowest compute capability of the GPUs here, major and minor; it starts CUDA in this process."""
-    import torch
-
-    return min(map(torch.cuda.get_device_capability, range(num_gpus)))

@@ -4,10 +4,11 @@ from dllm_jepa.models._families import BUILT_IN_TOKENIZER, FAMILIES, Family, fin
 from dllm_jepa.models._float8 import use_float8
 from dllm_jepa.models._flops import step_flops
 from dllm_jepa.models._init import InitialWeights
-from dllm_jepa.models._layers import TransformerSizes, choose_packed_attention, init_rope, set_packed_attention
+from dllm_jepa.models._layers import choose_packed_attention, init_rope, set_packed_attention
 from dllm_jepa.models._linear_cross_entropy import TokenLosses, linear_cross_entropy
-from dllm_jepa.models._lora import LoRASettings, LoRAWeights, adapted_modules, add_lora, is_adapter
+from dllm_jepa.models._lora import LoRAWeights, adapted_modules, add_lora, is_adapter
 from dllm_jepa.models._masked_diffusion_lm import Backbone, MaskedDiffusionLM
+from dllm_jepa.models._sizes import LoRASettings, TransformerSizes
 from dllm_jepa.models._tokenizer import Tokenizer
 from dllm_jepa.models.files._card import model_card
 from dllm_jepa.models.files._directory import Prompt, check_prompt, read_prompt

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dllm_jepa.models._layers import TransformerSizes
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
+from dllm_jepa.models._sizes import TransformerSizes
 from dllm_jepa.models._tokenizer import Tokenizer
 from dllm_jepa.models.dream._builders import dream
 from dllm_jepa.models.dream._convert_weights import dream_config, dream_hf_names, dream_sizes

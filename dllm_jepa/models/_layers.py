@@ -3,7 +3,6 @@
 Shape legend: B rows, T tokens of a row, D hidden, H query heads, K key/value heads, h head size, m chosen tokens.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from dllm_jepa.models._attention import (
     packed_kernel,
     padded_attention,
 )
+from dllm_jepa.models._sizes import TransformerSizes
 from dllm_jepa.packing import PackedSequences
 
 AttentionMask = Tensor | PackedSequences | KVCache | None
@@ -25,52 +25,6 @@ AttentionMask = Tensor | PackedSequences | KVCache | None
 `KVCache`: the fed tokens see their whole row, of which it keeps the rest; `input_pos` then says which are fed."""
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
-
-
-@dataclass(frozen=True)
-class TransformerSizes:
-    """Numbers that fix an architecture.
-
-    Args:
-        vocab_size: rows of the embedding, ids without a token included.
-        embed_dim: hidden size D.
-        num_layers: transformer layers.
-        num_heads: query heads.
-        num_kv_heads: key/value heads; a divisor of `num_heads`.
-        mlp_dim: width of the feed-forward layer.
-        max_seq_len: longest sequence in tokens.
-        rope_base: base of the rotary frequencies.
-        norm_eps: epsilon of the RMSNorms.
-        tie_embeddings: the head reuses the embedding.
-    """
-
-    vocab_size: int
-    embed_dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    mlp_dim: int
-    max_seq_len: int
-    rope_base: float
-    norm_eps: float
-    tie_embeddings: bool = False
-
-    def __post_init__(self) -> None:
-        """Check that the sizes fit each other.
-
-        Raises:
-            ValueError: naming the two sizes that do not fit.
-        """
-        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.embed_dim % self.num_heads or (self.embed_dim // self.num_heads) % 2:
-            raise ValueError(
-                f"embed_dim ({self.embed_dim}) must be an even multiple of num_heads ({self.num_heads}): "
-                "rotary embeddings rotate pairs"
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
 
 
 class RMSNorm(nn.Module):

@@ -4,9 +4,7 @@ Shape legend: r rank, I inputs and O outputs of a linear layer.
 """
 
 import inspect
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -15,68 +13,12 @@ from torch import Tensor, nn
 
 from dllm_jepa.models._init import InitialWeights
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
+from dllm_jepa.models._sizes import ATTN_MODULES, MLP_MODULES, LoRASettings
 
-ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
-MLP_MODULES = ("w1", "w2", "w3")
 ADAPTER_SUFFIXES = (".lora_a.weight", ".lora_b.weight", ".magnitude")
 
 # torchao quantizes blocks of 64 weights, and then the scales of 256 blocks.
 _NF4_BLOCK = 64 * 256
-
-
-@dataclass(frozen=True)
-class LoRASettings:
-    """What the adapters of a model are like.
-
-    Args:
-        attn_modules: projections of the attention that get an adapter, of `ATTN_MODULES`.
-        apply_to_mlp: whether the three layers of the feed-forward get one, too.
-        rank: r.
-        alpha: the product B A is scaled by alpha / r.
-        dropout: share of the inputs of an adapter that is dropped, in [0, 1).
-        use_dora: learn the norms of the rows of each weight besides (DoRA).
-        quantize_base: keep the frozen linear layers in NF4 (QLoRA).
-    """
-
-    attn_modules: Sequence[str]
-    apply_to_mlp: bool
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    use_dora: bool = False
-    quantize_base: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the values, which may come from a config or a file.
-
-        Raises:
-            ValueError: naming the argument of the builders, the value and what is allowed.
-        """
-        object.__setattr__(self, "attn_modules", tuple(self.attn_modules))  # yaml and JSON give lists
-        if wrong := [name for name in self.attn_modules if name not in ATTN_MODULES]:
-            raise ValueError(f"lora_attn_modules: no module {', '.join(wrong)}; there are {', '.join(ATTN_MODULES)}")
-        if len(set(self.attn_modules)) != len(self.attn_modules):
-            raise ValueError(f"lora_attn_modules names a module twice: {', '.join(self.attn_modules)}")
-        if not self.attn_modules and not self.apply_to_mlp:
-            raise ValueError(
-                f"no adapters: give lora_attn_modules some of {', '.join(ATTN_MODULES)}, or set apply_lora_to_mlp: true"
-            )
-        if self.rank < 1:
-            raise ValueError(f"lora_rank must be at least 1, got {self.rank}")
-        if not 0 < self.alpha < math.inf:  # nor nan
-            raise ValueError(f"lora_alpha must be above 0 and finite, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora_dropout must be in [0, 1), got {self.dropout}")
-
-    @property
-    def scaling(self) -> float:
-        """What the product B A is multiplied by."""
-        return self.alpha / self.rank
-
-    def module_names(self) -> tuple[str, ...]:
-        """The linear layers of a transformer layer that get an adapter, as `attn.q_proj`."""
-        mlp = MLP_MODULES if self.apply_to_mlp else ()
-        return (*(f"attn.{name}" for name in self.attn_modules), *(f"mlp.{name}" for name in mlp))
 
 
 class WeightSource(Protocol):

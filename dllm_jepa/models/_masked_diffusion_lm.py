@@ -5,7 +5,7 @@ Shape legend: B rows, T tokens of a row, D hidden, V vocabulary, n positions to 
 
 import os
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from dllm_jepa.errors import ConfigError
-from dllm_jepa.models._layers import AttentionMask, RMSNorm, RotaryEmbedding, TransformerLayer, TransformerSizes
+from dllm_jepa.models._layers import AttentionMask, RMSNorm, RotaryEmbedding, TransformerLayer
 from dllm_jepa.models._linear_cross_entropy import (
     ChunkLoss,
     Head,
@@ -22,10 +22,8 @@ from dllm_jepa.models._linear_cross_entropy import (
     compiled_chunk_loss,
     linear_cross_entropy,
 )
+from dllm_jepa.models._sizes import LoRASettings, TransformerSizes
 from dllm_jepa.packing import PackedSequences
-
-if TYPE_CHECKING:
-    from dllm_jepa.models._lora import LoRASettings
 
 
 class Backbone(nn.Module):

@@ -1,8 +1,8 @@
 """Dream from its numbers: biased query, key and value; token i scored from hidden state i - 1."""
 
-from dllm_jepa.models._layers import TransformerSizes
 from dllm_jepa.models._lora import with_lora
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
+from dllm_jepa.models._sizes import TransformerSizes
 
 
 def dream(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dllm_jepa.models._layers import TransformerSizes
+from dllm_jepa.models._sizes import TransformerSizes
 from dllm_jepa.models.files._config_json import check_values, flag, positive_number, rope_base, whole_number
 
 # The context the authors document; max_position_embeddings promises more than the model was trained on.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dllm_jepa.models._families import FAMILIES
-from dllm_jepa.models._lora import LoRASettings
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
+from dllm_jepa.models._sizes import LoRASettings
 from dllm_jepa.models._tokenizer import Tokenizer
 from dllm_jepa.models.files._directory import Prompt
 from dllm_jepa.models.files._writer import SHARD_BYTES, save_hf

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.models._families import FAMILIES
-from dllm_jepa.models._lora import ATTN_MODULES, MLP_MODULES, LoRASettings, adapted_modules, add_lora, is_adapter
+from dllm_jepa.models._lora import adapted_modules, add_lora, is_adapter
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
+from dllm_jepa.models._sizes import ATTN_MODULES, MLP_MODULES, LoRASettings
 from dllm_jepa.models._tokenizer import Tokenizer
 from dllm_jepa.models.files._directory import Prompt, export_directory, read_json_object, write_json, write_tensors
 from dllm_jepa.models.files._merge import merged_weights

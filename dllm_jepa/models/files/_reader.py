@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.models._families import FAMILIES
-from dllm_jepa.models._layers import TransformerSizes, init_rope
+from dllm_jepa.models._layers import init_rope
 from dllm_jepa.models._lora import is_adapter
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
+from dllm_jepa.models._sizes import TransformerSizes
 from dllm_jepa.models.files._directory import read_json_object
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"

@@ -1,8 +1,8 @@
 """LLaDA from its numbers: no biases, token i scored from hidden state i."""
 
-from dllm_jepa.models._layers import TransformerSizes
 from dllm_jepa.models._lora import with_lora
 from dllm_jepa.models._masked_diffusion_lm import MaskedDiffusionLM
+from dllm_jepa.models._sizes import TransformerSizes
 
 
 def llada(
