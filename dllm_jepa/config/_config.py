@@ -101,6 +101,7 @@ _ELSEWHERE = {
     "predictor.num_layers": "num_layers predictor_layers",
     "no key: evaluate with the recipe dllm_jepa_eval": "eval_steps eval_strategy evaluation_strategy",
 }
+
 _MEANT = {word: key for key, words in _ELSEWHERE.items() for word in words.split()}
 
 
@@ -180,20 +181,31 @@ class Config(Section):
         unset = dict(_unset(values))
         to_set = (key for key, value in unset.items() if not isinstance(value, UnsetReference))
         lines = [f"{key}: ??? must be set; write it into the yaml or give {key}=VALUE" for key in to_set]
-        known = {name: value for name, value in values.items() if value != UNSET}
+        broken = [name for name, value in values.items() if not _is_unicode(value)]
+        lines += [f"{name} holds half of a surrogate pair, which is no character; give it in UTF-8" for name in broken]
+        known = {name: value for name, value in values.items() if value != UNSET and name not in broken}
         left_out = {n: field for n, field in cls.model_fields.items() if n not in values and not field.is_required()}
         valid = {name: field.get_default(call_default_factory=True) for name, field in left_out.items()}
         result = None
         try:
             result = cls.model_validate_json(json.dumps(known, default=str), context=valid)
         except ValidationError as error:
-            lines += _lines(cls, error, values)
+            lines += _lines(cls, error, {**values, **dict.fromkeys(broken, UNSET)})
         for key in unset:
             valid.pop(key.partition(".")[0], None)
         lines += _call(cls.rules, valid, launch)
         if opening and not lines:
             lines += _call(cls.opens, valid, launch)
         return result, lines
+
+
+def _is_unicode(value: Any) -> bool:
+    """Whether all text inside is; a byte of the command line that is not UTF-8 becomes half of a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _call(rules: Iterable[Rule], valid: Mapping[str, Any], launch: Launch | None) -> Iterator[str]:
