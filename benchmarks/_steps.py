@@ -25,12 +25,11 @@ from dllm_jepa.jepa import (
     pool,
     transformer_predictor,
 )
-from dllm_jepa.models import Backbone, MaskedDiffusionLM, choose_packed_attention, init_rope, use_float8
+from dllm_jepa.models import DTYPES, Backbone, MaskedDiffusionLM, choose_packed_attention, init_rope, use_float8
 from dllm_jepa.models.llada import llada
 
 JEPA_WEIGHT = 1.0
 SIZES = ("vocab_size", "embed_dim", "num_layers", "num_heads", "mlp_dim")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

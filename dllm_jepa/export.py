@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from dllm_jepa.errors import CheckpointError
 from dllm_jepa.models import (
+    DTYPES,
     SHARD_BYTES,
     OpenedAdapter,
     is_adapter_directory,
@@ -20,8 +20,6 @@ from dllm_jepa.models import (
 )
 from dllm_jepa.trained_model import SavedModel
 from dllm_jepa.training import SavedCheckpoint, saved_states
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def export_checkpoint(

@@ -33,7 +33,7 @@ class KVCache:
         """Keep what an attention layer has computed.
 
         Args:
-            layer: what tells the layer from others.
+            layer: identifies the layer: its attention module.
             k: keys [B, m, K, h], rotated.
             v: values [B, m, K, h].
             columns: int64 [B, m], columns of the fed tokens; None when whole rows are fed.

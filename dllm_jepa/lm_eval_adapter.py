@@ -30,10 +30,9 @@ from tqdm import tqdm
 from dllm_jepa.errors import ConfigError, LaunchError, UserError
 from dllm_jepa.evals.likelihood import conditional_log_likelihood
 from dllm_jepa.generation import Decoding, llada_decoding
-from dllm_jepa.models import BUILT_IN_TOKENIZER, FAMILIES, Tokenizer, find_tokenizer, known_tokenizers
+from dllm_jepa.models import BUILT_IN_TOKENIZER, DTYPES, FAMILIES, Tokenizer, find_tokenizer, known_tokenizers
 from dllm_jepa.trained_model import ModelSource, open_model
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _DEFAULT_GEN_LENGTH = 256
 # The harness hands a prompt on as text, in which no special token can be told from its name. So a chat travels as JSON.
 _CHAT_START = '{"dllm_jepa_chat": '
@@ -91,8 +90,8 @@ class DLLMJEPAHarnessModel(TemplateLM):
     ) -> None:
         """Load the model."""
         super().__init__()
-        if dtype not in _DTYPES:
-            raise ConfigError(f"dtype: {dtype!r} given, must be {' or '.join(_DTYPES)}")
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype: {dtype!r} given, must be {' or '.join(DTYPES)}")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ConfigError(f"batch_size: {batch_size!r} given, must be a number of rows, at least 1")
         if num_samples < 1:
@@ -113,7 +112,7 @@ class DLLMJEPAHarnessModel(TemplateLM):
             raise ConfigError(f"model_args: {', '.join(unknown)} given, which {self._builder.__name__} does not take")
         if gen_length is not None:  # else a task gives it, and with it the other numbers have to go together
             self._decoding({})
-        self._model = source.load(_DTYPES[dtype], self._device)
+        self._model = source.load(DTYPES[dtype], self._device)
         self.max_length = self._model.sizes.max_seq_len
 
     @classmethod
@@ -146,7 +145,7 @@ class DLLMJEPAHarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells encoded prompts of this model from others in the harness's cache."""
+        """Names encoded prompts of this model in the cache of the harness."""
         return self._name
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

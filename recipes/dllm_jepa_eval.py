@@ -13,17 +13,14 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 from tqdm import tqdm
 
 from dllm_jepa import config, training
 from dllm_jepa.errors import ConfigError
 from dllm_jepa.evals import EvalTask, ItemResult, ResultsFolder, RunningScores, compare, remark_lines, summarize, table
-from dllm_jepa.models import MaskedDiffusionLM
+from dllm_jepa.models import DTYPES, MaskedDiffusionLM
 from dllm_jepa.trained_model import ModelSource, open_model
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Config(config.TrainedModel):
@@ -131,16 +128,16 @@ class DLLMJEPAEvalRecipe:
             raise ConfigError(f"task: {error}") from error
         return task
 
-    def facts(self, source: ModelSource, part: str) -> dict[str, Any]:
-        """What tells this evaluation from another one."""
+    def fingerprint(self, source: ModelSource, part: str) -> dict[str, Any]:
+        """Model, task and settings: two evaluations with the same fingerprint have the same results."""
         cfg = self.cfg
-        facts = {"model": source.fingerprint, "part": part, "dtype": cfg.dtype, "batch_size": cfg.batch_size}
-        return facts | {"seed": cfg.seed} | self.task.fingerprint()
+        settings = {"model": source.fingerprint, "part": part, "dtype": cfg.dtype, "batch_size": cfg.batch_size}
+        return settings | {"seed": cfg.seed} | self.task.fingerprint()
 
     def open_folder(self, source: ModelSource, folder: ResultsFolder, part: str) -> list[int]:
         """Take a folder into use; returns the batches that this rank has to do."""
-        facts, resume = self.facts(source, part), self.cfg.resume == "auto"
-        done = self.ranks.on_rank_zero(lambda: folder.open(facts, resume=resume))
+        fingerprint, resume = self.fingerprint(source, part), self.cfg.resume == "auto"
+        done = self.ranks.on_rank_zero(lambda: folder.open(fingerprint, resume=resume))
         if self.ranks.on_rank_zero(lambda: folder.is_finished):
             return []
         left = [batch for batch in range(len(self.batches)) if batch not in done]
@@ -195,7 +192,7 @@ class DLLMJEPAEvalRecipe:
             "seconds": seconds,
             "tokens_per_second": num_tokens / seconds,
             "checkpoint_dir": str(source.path),
-            "facts": self.facts(source, part),
+            "facts": self.fingerprint(source, part),
             "remarks": self.task.remarks(),
             "config": self.cfg.model_dump(),
         }

@@ -31,6 +31,7 @@ from dllm_jepa import config, jepa, preflight, training
 from dllm_jepa.data import BatchPlan, MicroBatch, PrefetchedBatches, SequenceDataset, TrainingBatches, total_counts
 from dllm_jepa.errors import LaunchError, UserError
 from dllm_jepa.models import (
+    DTYPES,
     HFCheckpoint,
     InitialWeights,
     LoRAWeights,
@@ -47,7 +48,6 @@ from dllm_jepa.models import (
 
 EXPORTS = {None: (), "online": ("online",), "target": ("target",), "both": ("online", "target")}
 ADAPTERS = {"online": "adapter", "target": "adapter_target"}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Config(config.Training):

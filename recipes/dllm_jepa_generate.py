@@ -35,10 +35,9 @@ from dllm_jepa.generation.show import (
     record_denoising,
     visible,
 )
-from dllm_jepa.models import MaskedDiffusionLM
+from dllm_jepa.models import DTYPES, MaskedDiffusionLM
 from dllm_jepa.trained_model import open_model
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROW_FILES = (".jsonl", ".json")
 NUM_SEEDS = 2**32  # as many as the key seed allows
 

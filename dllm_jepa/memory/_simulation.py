@@ -25,10 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 from dllm_jepa.jepa import GlobalCounts, ViewSampler, jepa_loss, masked_token_weights, pool
-from dllm_jepa.models import Backbone, MaskedDiffusionLM, set_packed_attention
+from dllm_jepa.models import DTYPES, Backbone, MaskedDiffusionLM, set_packed_attention
 from dllm_jepa.packing import PackedSequences
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 _DRAWS = 1000  # of the view sampler
 _SAMPLE = 2**20  # elements

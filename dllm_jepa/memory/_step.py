@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dllm_jepa.memory._simulation import (
-    DTYPES,
     LiveStorages,
     build_parts,
     micro_batch_peak,
@@ -25,7 +24,7 @@ from dllm_jepa.memory._simulation import (
     optimizer_step_bytes,
     stored_bytes,
 )
-from dllm_jepa.models import MaskedDiffusionLM
+from dllm_jepa.models import DTYPES, MaskedDiffusionLM
 
 _ALWAYS = ("EMA target encoder", "gradients", "optimizer state", "activations", "logits")
 

@@ -8,7 +8,7 @@ from dllm_jepa.models._layers import choose_packed_attention, init_rope, set_pac
 from dllm_jepa.models._linear_cross_entropy import TokenLosses, linear_cross_entropy
 from dllm_jepa.models._lora import LoRAWeights, adapted_modules, add_lora, is_adapter
 from dllm_jepa.models._masked_diffusion_lm import Backbone, MaskedDiffusionLM
-from dllm_jepa.models._sizes import LoRASettings, TransformerSizes
+from dllm_jepa.models._sizes import DTYPES, LoRASettings, TransformerSizes
 from dllm_jepa.models._tokenizer import Tokenizer
 from dllm_jepa.models.files._card import model_card
 from dllm_jepa.models.files._directory import Prompt, check_prompt, read_prompt
@@ -24,6 +24,7 @@ from dllm_jepa.models.files._tokenizer_files import tokenizer_builder
 from dllm_jepa.models.files._writer import SHARD_BYTES, save_hf
 
 __all__ = [
+    "DTYPES",
     "BUILT_IN_TOKENIZER",
     "FAMILIES",
     "SHARD_BYTES",

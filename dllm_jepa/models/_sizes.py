@@ -4,6 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""The types of weights and computation, by the names that configs have for them."""
+
 ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
 MLP_MODULES = ("w1", "w2", "w3")
 
