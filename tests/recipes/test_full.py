@@ -279,9 +279,9 @@ def test_a_finished_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     run_here(tmp_path / "run", *fixed, "max_steps=2", "resume=auto")
     assert "holds a finished run of 2 steps: nothing to do" in capsys.readouterr().out
     message = exits_with(capsys, tmp_path / "run", *fixed, "max_steps=4", "resume=auto")
-    assert f"move {tmp_path}/run/hf away to go on from step 2 to step 4" in message
+    assert "To go on to step 4" in message and f"mv {tmp_path}/run/hf {tmp_path}/run/hf_before" in message
     state = f"resume={tmp_path}/run/checkpoints/step_00000002"
-    assert "move" in exits_with(capsys, tmp_path / "run", *fixed, state, "max_steps=4")
+    assert "To go on to step 4" in exits_with(capsys, tmp_path / "run", *fixed, state, "max_steps=4")
     assert files() == before
     (tmp_path / "run/hf").rename(tmp_path / "first")
     assert len(run_here(tmp_path / "run", *fixed, "max_steps=4", "resume=auto")) == 4
