@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dllm_jepa.config import Component
+from dllm_jepa.config import Checkpoint, Component
 from dllm_jepa.errors import UserError
 from dllm_jepa.models import HFCheckpoint, MaskedDiffusionLM
 
@@ -58,21 +58,26 @@ def data_opens(dataset: Component, tokenizer: Component, model: Component, max_s
         yield f"dataset: {error}"
 
 
-def disk_has_room(output_dir: str, model: Component, compute_dtype: str, export: str | None) -> Iterator[str]:
-    """The export must fit beside one training state, of which the weights alone are counted."""
-    path = Path(output_dir).absolute()
-    folder = next(parent for parent in (path, *path.parents) if parent.is_dir())
+def disk_has_room(
+    output_dir: str, checkpoint: Checkpoint, model: Component, compute_dtype: str, export: str | None
+) -> Iterator[str]:
+    """The export must fit, and beside it one training state, of which the weights alone are counted."""
     built = _model(model)
-    sizes = [param.numel() for param in built.parameters()]
     trained = sum(param.numel() for param in built.parameters() if param.requires_grad)
-    exported = 0 if export is None else (trained if built.lora is not None else sum(sizes))
-    needed = 4 * trained + exported * (2 if compute_dtype == "bf16" else 4)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        yield (
-            f"output_dir: {folder} has {free / 2**30:,.1f} GiB free, and one training state and the export take at "
-            f"least {needed / 2**30:,.1f} GiB; free some, or choose a folder on another disk"
-        )
+    exported = trained if built.lora is not None else sum(param.numel() for param in built.parameters())
+    export_bytes = 0 if export is None else exported * (2 if compute_dtype == "bf16" else 4)
+    needs: dict[tuple[str, str], int] = {("output_dir", output_dir): export_bytes}
+    state_at = ("checkpoint.directory", checkpoint.directory) if checkpoint.directory else ("output_dir", output_dir)
+    needs[state_at] = needs.get(state_at, 0) + 4 * trained
+    for (key, value), needed in needs.items():
+        path = Path(value).absolute()
+        folder = next(parent for parent in (path, *path.parents) if parent.is_dir())
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            yield (
+                f"{key}: {folder} has {free / 2**20:,.0f} MiB free, and what the run writes there takes at least "
+                f"{needed / 2**20:,.0f} MiB; free some, or choose a folder on another disk"
+            )
 
 
 def logger_is_installed(metric_logger: Component | None) -> Iterator[str]:
