@@ -32,7 +32,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict dllm_jepa
+	$(BIN)/mypy --strict dllm_jepa recipes/dllm_jepa_full.py recipes/dllm_jepa_eval.py recipes/dllm_jepa_generate.py
 
 install: $(STAMP)
 

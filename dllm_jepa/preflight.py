@@ -14,10 +14,14 @@ from typing import Any
 import torch
 
 from dllm_jepa.config import Checkpoint, Component
+from dllm_jepa.data import is_row_file
 from dllm_jepa.errors import UserError
 from dllm_jepa.models import HFCheckpoint, MaskedDiffusionLM
+from dllm_jepa.trained_model import open_model
+from dllm_jepa.training import MANIFEST_NAME
 
 _NUM_ROWS = 8
+_BYTES = {"fp32": 4, "bf16": 2}
 
 # What torchtune's loggers import when they are made.
 _PACKAGES = {
@@ -59,16 +63,26 @@ def data_opens(dataset: Component, tokenizer: Component, model: Component, max_s
 
 
 def disk_has_room(
-    output_dir: str, checkpoint: Checkpoint, model: Component, compute_dtype: str, export: str | None
+    output_dir: str,
+    resume: str,
+    checkpoint: Checkpoint,
+    model: Component,
+    dtype: str,
+    compute_dtype: str,
+    export_dtype: str | None,
+    export: str | None,
 ) -> Iterator[str]:
-    """The export must fit, and beside it one training state, of which the weights alone are counted."""
+    """A new run's exports must fit, and its first training state, of which the weights alone are counted."""
+    if resume != "never":  # what it goes on from may have written them already
+        return
     built = _model(model)
     trained = sum(param.numel() for param in built.parameters() if param.requires_grad)
-    exported = trained if built.lora is not None else sum(param.numel() for param in built.parameters())
-    export_bytes = 0 if export is None else exported * (2 if compute_dtype == "bf16" else 4)
-    needs: dict[tuple[str, str], int] = {("output_dir", output_dir): export_bytes}
-    state_at = ("checkpoint.directory", checkpoint.directory) if checkpoint.directory else ("output_dir", output_dir)
-    needs[state_at] = needs.get(state_at, 0) + 4 * trained
+    weights = trained if built.lora is not None else sum(param.numel() for param in built.parameters())
+    num_exports = {None: 0, "both": 2}.get(export, 1)
+    needs = {("output_dir", output_dir): num_exports * weights * _BYTES[export_dtype or compute_dtype]}
+    if checkpoint.every_n_steps is not None:
+        at = ("checkpoint.directory", checkpoint.directory) if checkpoint.directory else ("output_dir", output_dir)
+        needs[at] = needs.get(at, 0) + trained * _BYTES[dtype]
     for (key, value), needed in needs.items():
         path = Path(value).absolute()
         folder = next(parent for parent in (path, *path.parents) if parent.is_dir())
@@ -78,6 +92,25 @@ def disk_has_room(
                 f"{key}: {folder} has {free / 2**20:,.0f} MiB free, and what the run writes there takes at least "
                 f"{needed / 2**20:,.0f} MiB; free some, or choose a folder on another disk"
             )
+
+
+def trained_model_opens(checkpoint_dir: str, part: str, adapter_base: str | None) -> Iterator[str]:
+    """The model has to be one; a training state is verified when it is used, since that reads all of it."""
+    path = Path(checkpoint_dir)
+    try:
+        if not (path / MANIFEST_NAME).is_file():
+            open_model(path, part=part, base=adapter_base)
+    except UserError as error:
+        yield f"checkpoint_dir: {error}"
+
+
+def files_of_task_exist(task: Component) -> Iterator[str]:
+    """The files and folders that a task reads must be there; names of the hub are looked up when it starts."""
+    for name in ("source", "shots_source", "tables", "databases"):
+        value = task.arguments.get(name)
+        is_local = isinstance(value, str) and (name in ("tables", "databases") or is_row_file(value))
+        if is_local and not Path(value).exists():
+            yield f"task.{name}: {value!r} does not exist (looked for {Path(value).absolute()})"
 
 
 def logger_is_installed(metric_logger: Component | None) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from tqdm import tqdm
 
-from dllm_jepa import config, training
+from dllm_jepa import config, preflight, training
 from dllm_jepa.errors import ConfigError
 from dllm_jepa.evals import EvalTask, ItemResult, ResultsFolder, RunningScores, compare, remark_lines, summarize, table
 from dllm_jepa.models import DTYPES, MaskedDiffusionLM
@@ -62,6 +62,7 @@ class Config(config.TrainedModel):
         config.rules.decoding_builds,
         config.rules.task_gets_what_it_takes,
     )
+    opens = (preflight.trained_model_opens, preflight.files_of_task_exist)
 
 
 class DLLMJEPAEvalRecipe:

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from omegaconf import OmegaConf
@@ -32,6 +32,7 @@ from dllm_jepa.data import BatchPlan, MicroBatch, PrefetchedBatches, SequenceDat
 from dllm_jepa.errors import LaunchError, UserError
 from dllm_jepa.models import (
     DTYPES,
+    Backbone,
     HFCheckpoint,
     InitialWeights,
     LoRAWeights,
@@ -178,13 +179,14 @@ class DLLMJEPARecipe:
             changes += training.compare_fingerprints(
                 self.run.resume_from.state, self.fingerprint, override=cfg.resume_override
             )
-        metric_logger = training.build_metric_logger(cfg.metric_logger and cfg.metric_logger.build, self.ranks)
+        metric_logger = training.build_metric_logger(cfg.metric_logger.build if cfg.metric_logger else None, self.ranks)
         self.setup_model()
         self.trained = nn.ModuleDict({"model": self.model})
-        self.target_encoder = None
-        if cfg.jepa_weight > 0 and cfg.target_encoder is not None:
+        self.target_encoder: Any = None
+        if cfg.jepa_weight > 0:
+            assert cfg.target_encoder is not None and cfg.predictor is not None, "a rule of the config"
             self.target_encoder = cfg.target_encoder.build(self.model, self.copy_backbone)
-            self.trained["predictor"] = self.setup_predictor()
+            self.trained["predictor"] = self.setup_predictor(cfg.predictor)
         self.anchor = jepa.L2Anchor(self.model, weight=cfg.l2_anchor_weight) if cfg.l2_anchor_weight > 0 else None
         self.monitor = jepa.CollapseMonitor(
             monitor_every=cfg.monitor_every,
@@ -240,7 +242,7 @@ class DLLMJEPARecipe:
         if cfg.enable_activation_checkpointing:
             self.model.checkpoint_layers()
         training.shard(self.model, self.model.units, self.ranks, self.compute_dtype, kept=self.model.scorer)
-        first = self.base
+        first: HFCheckpoint | InitialWeights | LoRAWeights = self.base
         if self.model.lora is not None:
             first = LoRAWeights(self.model, self.base, seed=cfg.seed, dtype=self.compute_dtype)
         training.materialize(
@@ -255,7 +257,7 @@ class DLLMJEPARecipe:
     def copy_backbone(self, dtype: str, *, float8: bool = False) -> nn.Module:
         """A second backbone for the target encoder: sharded like the online one, in a type of its own, not filled."""
         with torch.device("meta"):
-            backbone = self.cfg.model.build().backbone
+            backbone: Backbone = self.cfg.model.build().backbone
         if float8:
             use_float8(backbone)
         if self.cfg.compile:
@@ -266,11 +268,11 @@ class DLLMJEPARecipe:
         choose_packed_attention(backbone, self.ranks.device, self.compute_dtype)
         return backbone
 
-    def setup_predictor(self) -> nn.Module:
+    def setup_predictor(self, component: config.Component) -> nn.Module:
         """The predictor, with random weights."""
         sizes = self.model.sizes
         with torch.device("meta"):
-            predictor: nn.Module = self.cfg.predictor.build(sizes.embed_dim, sizes.mlp_dim)
+            predictor: nn.Module = component.build(sizes.embed_dim, sizes.mlp_dim)
         first = InitialWeights(predictor, seed=self.cfg.seed)
         training.shard(predictor, [], self.ranks, self.compute_dtype)
         training.materialize(predictor, first.read, dtype=DTYPES[self.cfg.dtype], device=self.ranks.device)
@@ -287,7 +289,7 @@ class DLLMJEPARecipe:
         self.log = training.RunLog(
             self.run,
             metric_logger,
-            training.build_profiler(cfg.profiler and cfg.profiler.build),
+            training.build_profiler(cfg.profiler.build if cfg.profiler else None),
             self.ranks,
             num_steps=self.num_steps,
             log_every_n_steps=cfg.log_every_n_steps,
@@ -469,14 +471,16 @@ class DLLMJEPARecipe:
         try:
             for part in EXPORTS[self.cfg.export]:
                 names = self.run.missing(exports(self.cfg, part))  # what exists is from before an interruption
-                averaged = part == "target" and self.target_encoder is not None
-                stream = training.full_tensors(self.target_encoder.weights(online) if averaged else online)
+                stream = training.full_tensors(self.target_encoder.weights(online) if part == "target" else online)
                 if not self.ranks.is_rank_zero:
                     deque(stream, maxlen=0)  # gathering takes part on every rank
                 self.ranks.on_rank_zero(partial(self.write_export, part, names, stream))
         except (OSError, UserError) as error:
-            self.save(self.num_steps)
-            self.checkpoints.finish()
+            try:
+                self.save(self.num_steps)
+                self.checkpoints.finish()
+            except UserError as unsaved:
+                raise LaunchError(f"the export failed: {error}. Nor was the training state saved: {unsaved}") from error
             raise LaunchError(
                 f"the export failed: {error}. The training state of step {self.num_steps} is in "
                 f"{self.run.checkpoints}; `dllm-jepa export {self.run.path} OUT` writes the model elsewhere"

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from dllm_jepa import config
+from dllm_jepa import config, preflight
 from dllm_jepa.data import check_text, format_prompt, read_rows
 from dllm_jepa.errors import ConfigError, DataError, LaunchError
 from dllm_jepa.files import write_atomically
@@ -89,6 +89,7 @@ class Config(config.TrainedModel):
         config.rules.new_files,
         config.rules.one_process,
     )
+    opens = (preflight.trained_model_opens,)
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class DLLMJEPAGenerateRecipe:
         cfg = self.cfg
         self.source = open_model(cfg.checkpoint_dir, part=cfg.part, base=cfg.adapter_base)
         trained = self.source.prompt or {}
-        self.template = cfg.template or trained.get("template") or "chat"
+        self.template: Any = cfg.template or trained.get("template") or "chat"
         self.system_prompt = trained.get("system_prompt") if cfg.system_prompt is None else cfg.system_prompt
         if cfg.system_prompt is None and self.system_prompt:
             say(f"system prompt, as in training: {self.system_prompt} (system_prompt= for none)")
@@ -142,6 +143,7 @@ class DLLMJEPAGenerateRecipe:
         if cfg.prompt is not None:
             check_text(cfg.prompt, "prompt")
             return [Prompt("prompt", cfg.prompt)]
+        assert cfg.prompts_file is not None, "a rule of the config"
         if Path(cfg.prompts_file).suffix in ROW_FILES:
             return read_row_prompts(cfg.prompts_file)
         if cfg.prompts_file != "-":

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"models", "trained_model", "training"},
     "lm_eval_adapter": {"evals", "generation", "models", "trained_model"},
     "memory": {"config", "jepa", "models"},
-    "preflight": {"config", "models"},
+    "preflight": {"config", "data", "models", "trained_model", "training"},
     "trained_model": {"config", "models", "training"},
     "cli": {"config", "evals", "export", "lm_eval_adapter", "memory", "training"},
 }

@@ -5,6 +5,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import dllm_jepa_eval
 import pytest
 from dllm_jepa_full import Config
 
@@ -72,14 +73,16 @@ def test_state_and_export_must_fit_on_the_disk(monkeypatch: pytest.MonkeyPatch) 
     free = 7_000_000
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage(0, 0, free))
     # A million weights: 4 MB of state, as much of an export in fp32, half of it in bf16.
-    (line,) = found("output_dir=runs/x")
+    saves = ("output_dir=runs/x", "checkpoint.every_n_steps=1")
+    (line,) = found(*saves)
     assert line.startswith("output_dir: ") and "MiB free" in line and "choose a folder on another disk" in line
-    assert found("output_dir=runs/x", "export=null") == []
-    assert found("output_dir=runs/x", "device=cuda", "compute_dtype=bf16") == []
-    assert found("output_dir=runs/x", base="tiny_lora") == []  # the adapters alone are written
+    for room in (["export=null"], ["export_dtype=bf16"], ["checkpoint.directory=elsewhere"], ["resume=auto"]):
+        assert found(*saves, *room) == []
+    assert found("output_dir=runs/x") == found(*saves, base="tiny_lora") == []  # no state; adapters alone
+    (line,) = found("output_dir=runs/x", "export=both")
     free = 8_000
-    (line,) = found("output_dir=runs/x", base="tiny_lora")
-    assert line.startswith("output_dir: ")
+    (line, of_states) = found(*saves, "checkpoint.directory=elsewhere", base="tiny_lora")
+    assert line.startswith("output_dir: ") and of_states.startswith("checkpoint.directory: ")
 
 
 def test_the_package_of_a_logger_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +93,23 @@ def test_the_package_of_a_logger_must_be_there(monkeypatch: pytest.MonkeyPatch) 
     assert line.startswith("metric_logger: torchtune.training.metric_logging.CometLogger needs the package comet_ml")
     assert "pip install comet-ml" in line
     assert found("metric_logger={_component_: torchtune.training.metric_logging.TensorBoardLogger, log_dir: x}") == []
+
+
+def test_the_model_and_the_files_of_an_evaluation_must_be_there(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    values = load_config(
+        ["--config", "eval_gsm8k", "checkpoint_dir=empty", "output_dir=o", "device=cpu", "dtype=fp32"]
+        + ["task.source=no.jsonl", "task.shots_source=no_shots.jsonl"],
+        dllm_jepa_eval.Config,
+    )
+    assert dllm_jepa_eval.Config.problems(values) == []
+    model, source, shots = dllm_jepa_eval.Config.problems(values, opening=True)
+    assert model.startswith("checkpoint_dir: ") and "empty has no config.json" in model
+    assert source.startswith("task.source: 'no.jsonl' does not exist") and shots.startswith("task.shots_source: ")
+    values["checkpoint_dir"] = str(Path(__file__).parent / "assets" / "llada_tiny")
+    for name in ("no.jsonl", "no_shots.jsonl"):
+        (tmp_path / name).touch()
+    assert dllm_jepa_eval.Config.problems(values, opening=True) == []
 
 
 def test_validate_reports_what_does_not_open(capsys: pytest.CaptureFixture[str]) -> None:

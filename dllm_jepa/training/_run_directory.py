@@ -215,7 +215,11 @@ class RunDirectory:
         """What to type for a finished run to go on to `num_steps`."""
         moves = [shlex.join(("mv", str(path), str(free_name(path, "_before")))) for path in self._exported()]
         line = command_line(max_steps=num_steps, resume="auto", resume_override="true")
-        return "\n  ".join([f"To go on to step {num_steps}, with the schedule stretched to it, type:", *moves, line])
+        first = (
+            f"To go on to step {num_steps} (the schedule stretches to it, unless lr_scheduler.num_training_steps is "
+            "set), type:"
+        )
+        return "\n  ".join([first, *moves, line])
 
     def _check_start(self) -> None:
         """Refuse to begin anew beside checkpoints that are looked for in another place."""

@@ -130,6 +130,19 @@ def gather_and_learn(folder: Path, losses: Path) -> None:
         torch.save((positions, found), folder / f"{ranks.rank}.pt")
 
 
+def test_the_losses_are_computed_in_fp32_under_autocast_too(copies: Path) -> None:
+    """Steps 3 and 4 stand under one autocast, which is on in one process alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(copies)
+        import my_losses
+    sys.modules.pop("my_losses")
+    for name in LOSSES:
+        loss = getattr(my_losses, name)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = loss(*rows_of_a_batch())
+        assert torch.equal(inside, loss(*rows_of_a_batch()))
+
+
 def test_value_and_gradient_of_two_ranks_are_those_of_the_whole_batch(copies: Path, tmp_path: Path) -> None:
     on_ranks(2, gather_and_learn, tmp_path, copies)
     pred, target = rows_of_a_batch()

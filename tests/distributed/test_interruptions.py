@@ -3,6 +3,7 @@
 Every run goes on to the end of the same 24 steps and is compared with one that was never interrupted.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -10,9 +11,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from dllm_jepa.errors import CheckpointError
 from dllm_jepa.training import SavedCheckpoint
 from tests.launching import (
     ROOT,
@@ -20,6 +23,7 @@ from tests.launching import (
     assert_same_state,
     copy_up_to,
     metrics,
+    on_ranks,
     run_here,
     run_on_ranks,
     status,
@@ -186,3 +190,27 @@ def test_quantized_optimizer_states_go_on_bit_for_bit(runs: Path) -> None:
     half, whole = (SavedCheckpoint(path).files for path in saved)
     written = [name for name in whole if name.endswith(".distcp")]  # to read them as tensors takes torchao
     assert len(written) == 2 and [half[name] for name in written] == [whole[name] for name in written]
+
+
+def fail_to_export(output_dir: Path, export: str) -> None:
+    """A rank of a run whose exports cannot be written."""
+    import dllm_jepa_full
+
+    def fails(*_: object, **__: object) -> None:
+        raise CheckpointError("hf cannot be written: no space left")
+
+    words = ["dllm_jepa_full", *SMALL, f"output_dir={output_dir}", f"export={export}", "max_steps=2"]
+    with patch.object(sys, "argv", words), patch.object(dllm_jepa_full, "save_hf", fails):
+        with pytest.raises(SystemExit) as exit_info:
+            dllm_jepa_full.recipe_main()
+    assert exit_info.value.code == 1
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_failed_export_leaves_the_training_state(tmp_path: Path, num_ranks: int) -> None:
+    if num_ranks == 1:
+        fail_to_export(tmp_path / "run", "both")
+    else:
+        on_ranks(num_ranks, fail_to_export, tmp_path / "run", "both")
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+    assert (tmp_path / "run/checkpoints/step_00000002").is_dir() and not (tmp_path / "run/hf").exists()
