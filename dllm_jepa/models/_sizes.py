@@ -73,7 +73,7 @@ class LoRASettings:
     quantize_base: bool = False
 
     def __post_init__(self) -> None:
-        """Raise a ValueError that names the builders' argument, the value, which a file may give, and what is allowed."""
+        """Raise a ValueError that names the argument of the builders, the value and what is allowed."""
         object.__setattr__(self, "attn_modules", tuple(self.attn_modules))  # yaml and JSON give lists
         if wrong := [name for name in self.attn_modules if name not in ATTN_MODULES]:
             raise ValueError(f"lora_attn_modules: no module {', '.join(wrong)}; there are {', '.join(ATTN_MODULES)}")
