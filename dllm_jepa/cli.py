@@ -21,11 +21,7 @@ _RUN_USAGE = "dllm-jepa run [TORCHRUN-OPTIONS] <recipe> --config <config> [key=v
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one sub-command; a `UserError` becomes one message and exit code 1.
-
-    Args:
-        arguments: Words after `dllm-jepa`; None takes them from the command line.
-    """
+    """Run one sub-command, by default that of the command line; a `UserError` becomes one message and exit code 1."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words[:1] == ["run"]:  # torchrun's options come before the recipe: not for argparse

@@ -28,12 +28,7 @@ steps: Any = importlib.import_module("_steps")
 ARMS = steps.ARMS
 SIZES = {"embed_dim": 16, "num_layers": 2, "num_heads": 2, "mlp_dim": 32, "vocab_size": 64, "num_tokens": 24}
 TINY = steps.Setting(
-    **SIZES,
-    num_sequences=4,
-    shortest=8,
-    mask_ratio=0.3,
-    logits_chunk_tokens=7,
-    threads=torch.get_num_threads(),
+    **SIZES, num_sequences=4, shortest=8, mask_ratio=0.3, logits_chunk_tokens=7, threads=torch.get_num_threads()
 )
 EAGER = [name for name, arm in ARMS.items() if not arm.compiled and not arm.float8]
 
@@ -157,16 +152,13 @@ def test_arms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken == [(number, arm) for number in range(5) for arm in (there if number % 2 else back)]
 
 
-def test_float8_is_refused_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--arms", "jepa_float8"], ["--profile", "jepa_float8_compiled"]):
         with pytest.raises(SystemExit):
             step_cost.read_arguments(words)
         assert f"{words[1]} needs --device cuda" in capsys.readouterr().err
     assert not [name for name in step_cost.read_arguments([])[1].arms if ARMS[name].float8]
     assert step_cost.read_arguments(["--device", "cuda"])[1].arms == [*ARMS]
-
-
-def test_chunks_are_those_of_the_recipes() -> None:
     assert step_cost.read_arguments([])[0].logits_chunk_tokens == 1024
     assert step_cost.read_arguments(["--logits-chunk-tokens", "5"])[0].logits_chunk_tokens == 5
 
@@ -182,9 +174,6 @@ def test_ratios_stand_beside_their_limits() -> None:
         "| jepa_compiled / jepa | off | 0.500 |  |  |  |",
     ]
     assert step_cost.ratio_lines(rows, checkpointing=True)[0].endswith("| 0.500 | 0.75 | 0.250 | 0.45 |")
-
-
-def test_every_ratio_is_of_arms_that_exist() -> None:
     assert {name for above, below, *_ in step_cost.RATIOS for name in (above, below)} == ARMS.keys()
 
 

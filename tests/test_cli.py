@@ -150,12 +150,9 @@ def test_validate_accepts_a_valid_config_with_its_warnings(
         assert captured.err == "warning: size: 5 is large\n"
 
 
-def test_keys_lists_the_keys_of_a_recipe(installed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keys_and_memory(installed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["keys", "dllm_jepa_echo"])
     assert "| `size` | an integer >= 1 | must be given | how large |" in capsys.readouterr().out
-
-
-def test_memory_is_computed_of_training_recipes(installed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = fails(capsys, "memory", "dllm_jepa_echo", "--config", "plain")
     assert "dllm_jepa_echo does not train: only the memory of a training step is computed" in message
 
@@ -164,44 +161,38 @@ def test_memory_is_computed_of_training_recipes(installed: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize(
-    "words, parts",
+    ("words", "message"),
     [
-        (["dllm_jepa_echo"], ["--config is missing", "dllm-jepa run [TORCHRUN-OPTIONS] <recipe> --config"]),
-        (["dllm_jepa_echo", "--config"], ["--config is missing"]),
-        (["dllm_jepa_echo", "--config", "smal"], ["'smal' is neither a file", "Packaged configs: small"]),
-        (["dllm_jepa_ecco", "--config=small"], ["'dllm_jepa_ecco' is neither a file nor a module", "dllm_jepa_echo"]),
-        (["--nproc_per_node", "2", "none.py", "--config=small"], ["'none.py' is neither a file nor a module"]),
+        ("dllm_jepa_echo --config", "--config is missing. Usage: dllm-jepa run [TORCHRUN-OPTIONS] <recipe> --config"),
+        ("dllm_jepa_echo --config smal", "'smal' is neither a file nor a packaged config. Packaged configs: small"),
+        ("dllm_jepa_ecco --config=small", "'dllm_jepa_ecco' is neither a file nor a module nor one of our recipes: "),
+        ("--nproc_per_node 2 none.py --config=small", "'none.py' is neither a file nor a module"),
     ],
 )
 def test_run_refuses_unknown_names_before_it_starts_anything(
-    installed: Path, capsys: pytest.CaptureFixture[str], words: list[str], parts: list[str]
+    installed: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
 ) -> None:
-    message = fails(capsys, "run", *words)
-    for part in parts:
-        assert part in message
+    assert message in fails(capsys, "run", *words.split())
 
 
-def launch(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Start a command in a folder that holds the stand-in recipe and config."""
+def launch(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`dllm-jepa run` in a folder that holds the stand-in recipe and config."""
     (folder / "echo_recipe.py").write_text(RECIPE)
     (folder / "small.yaml").write_text("size: 1\n")
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
-    )
+    command = [sys.executable, "-m", "dllm_jepa.cli", "run", *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
 
 def test_run_takes_what_tune_run_takes_and_config_with_an_equals_sign(tmp_path: Path) -> None:
-    done = launch(tmp_path, "dllm_jepa.cli", "run", "echo_recipe.py", "--config=small.yaml", "size=7")
+    done = launch(tmp_path, "echo_recipe.py", "--config=small.yaml", "size=7")
     assert done.returncode == 0, done.stderr
     assert "rank - of -: size 7\n" in done.stdout
 
 
 @pytest.mark.slow
 def test_two_ranks_give_one_message_and_no_traceback(tmp_path: Path) -> None:
-    done = launch(
-        tmp_path, "dllm_jepa.cli", "run", "--nproc_per_node", "2", "echo_recipe.py", "--config=small.yaml", "size=0"
-    )
+    done = launch(tmp_path, "--nproc_per_node", "2", "echo_recipe.py", "--config=small.yaml", "size=0")
     assert done.returncode == 1
     assert done.stderr.count("size: 0 given, must be an integer >= 1 (how large)") == 1
     assert "(rank 1)" not in done.stderr
@@ -209,7 +200,7 @@ def test_two_ranks_give_one_message_and_no_traceback(tmp_path: Path) -> None:
 
 
 def test_words_that_no_command_knows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["ls", "more"], ["memory", "x", "--gups", "8"], ["validate", "x", "--fast"]):
+    for words in (["ls", "more"], ["memory", "x", "--gups", "8"]):
         with pytest.raises(SystemExit) as exit_:
             cli.main(words)
         assert exit_.value.code == 2

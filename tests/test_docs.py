@@ -72,26 +72,14 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def broken_links(page: Path, text: str) -> list[str]:
-    broken = []
-    for link in re.findall(r"\]\(([^)\s]+)\)|<img [^>]*src=\"([^\"]+)\"", prose(text)):
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_resolve(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)|<img [^>]*src=\"([^\"]+)\"", prose(page.read_text("utf-8"))):
         target, _, anchor = "".join(link).partition("#")
         if re.match(r"https?:", target):
             continue
         file = page.parent / target if target else page
-        if not file.exists() or (anchor and anchor not in anchors(file)):
-            broken.append("".join(link))
-    return broken
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_resolve(page: Path) -> None:
-    assert broken_links(page, page.read_text("utf-8")) == []
-
-
-def test_a_broken_link_is_found() -> None:
-    text = "[a](no_such_file.md) [b](README.md#no-such-heading) [c](docs/method.md)"
-    assert broken_links(REPOSITORY / "README.md", text) == ["no_such_file.md", "README.md#no-such-heading"]
+        assert file.exists() and (not anchor or anchor in anchors(file)), link
 
 
 def test_every_page_is_linked_from_the_readme() -> None:
@@ -125,17 +113,13 @@ def sub_commands(capsys: pytest.CaptureFixture[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_make_targets_and_sub_commands_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_make_targets_sub_commands_and_scripts_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = page.read_text("utf-8")
     spoken = {words[1] for words in commands(page) if words[0] == "make"} | set(re.findall(r"`make (\w+)", text))
     assert spoken <= set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text("utf-8"), flags=re.MULTILINE))
     spoken = {words[1] for words in commands(page) if words[0] == "dllm-jepa"}
     spoken |= {word for words in re.findall(r"`dllm-jepa ([\w-]+(?: \| [\w-]+)*)", text) for word in words.split(" | ")}
     assert spoken <= sub_commands(capsys)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_scripts_of_commands_exist(page: Path) -> None:
     scripts = [words[1] for words in commands(page) if words[0] == "python" and words[1].endswith(".py")]
     assert [script for script in scripts if not (REPOSITORY / script).exists()] == []
 
@@ -321,18 +305,14 @@ def test_the_table_of_passed_arguments_is_that_of_the_classes() -> None:
     assert documented == {name: arguments for name, arguments in passed.items() if arguments}
 
 
-def test_the_flops_are_those_of_the_benchmark() -> None:
+def test_the_results_are_those_of_the_benchmark_and_the_demo() -> None:
     committed = sorted((REPOSITORY / "benchmarks" / "results").glob("flops_meta_*.md"))[-1].read_text("utf-8")
     ratios = [line for line in committed.splitlines() if re.match(r"\|.*\| \d\.\d{3} \|$", line)]
     results = (REPOSITORY / "docs" / "results.md").read_text("utf-8")
-    assert len(ratios) == 10
-    assert [line for line in ratios if line not in results] == []
-
-
-def test_the_demo_is_described_as_it_is_configured() -> None:
+    assert len(ratios) == 10 and [line for line in ratios if line not in results] == []
     cfg = load_config(["--config", "tiny"])
     wanted = f"for {cfg['max_steps']:,} steps on {cfg['dataset']['num_pairs']:,} generated pairs"
-    assert wanted in " ".join((REPOSITORY / "docs" / "results.md").read_text("utf-8").split())
+    assert wanted in " ".join(results.split())
 
 
 def test_the_table_of_metrics_has_what_a_run_writes(tmp_path: Path) -> None:

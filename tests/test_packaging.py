@@ -52,9 +52,12 @@ def test_the_wheel_holds_what_it_should_and_nothing_else(wheel: Path) -> None:
     assert f"{info}/licenses/LICENSE" in names
 
 
-def test_every_recipe_is_named_so_that_it_clashes_with_nothing() -> None:
-    recipes = [path.name for path in (REPOSITORY / "recipes").glob("*.py")]
-    assert recipes and all(name.startswith("dllm_jepa_") for name in recipes)
+def run(site: Path, folder: Path, *words: str) -> list[str]:
+    """The lines that a Python script of the installed wheel prints."""
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 def test_names_resolve_from_another_folder(site: Path, tmp_path: Path) -> None:
@@ -66,25 +69,13 @@ def test_names_resolve_from_another_folder(site: Path, tmp_path: Path) -> None:
         "print(resolve_config('tiny'))\n"
         "print(*(importlib.util.find_spec(name).origin for name in find_recipes()))\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(site)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    package, configs, recipes, tiny, origins = done.stdout.splitlines()
+    package, configs, recipes, tiny, origins = run(site, tmp_path, "-c", code)
     assert package == str(site / "dllm_jepa" / "__init__.py")
     assert configs.split() == sorted(path.stem for path in (REPOSITORY / "configs").glob("*.yaml"))
     assert recipes.split() == sorted(path.stem for path in (REPOSITORY / "recipes").glob("*.py"))
     assert tiny == str(site / "dllm_jepa" / "configs" / "tiny.yaml")
     assert origins.split() == [str(site / f"{name}.py") for name in recipes.split()]
-
-
-def test_the_console_script_is_installed(site: Path, tmp_path: Path) -> None:
-    script = site / "bin" / "dllm-jepa"
-    environment = os.environ | {"PYTHONPATH": str(site)}
-    done = subprocess.run(
-        [sys.executable, str(script), "ls"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "tiny " in done.stdout
+    assert "CONFIG" in run(site, tmp_path, str(site / "bin" / "dllm-jepa"), "ls")
 
 
 def test_the_lock_pins_every_dependency_and_torch_without_a_local_version() -> None:

@@ -39,19 +39,14 @@ def test_what_fits_is_not_spoken_of() -> None:
     assert found() == found(base="tiny_lora") == []
 
 
-def test_a_tokenizer_that_does_not_open_is_named_once() -> None:
+def test_model_tokenizer_and_checkpoint_must_fit() -> None:
     (line,) = found("tokenizer={_component_: dllm_jepa.models.llada.llada_tokenizer, path: absent}")
     assert line.startswith("tokenizer: ") and "absent" in line
-
-
-def test_a_model_must_hold_the_tokens_and_the_length() -> None:
     (line,) = found("model.vocab_size=10")
     assert "vocab_size" in line and "10" in line
     (line,) = found("max_seq_len=300", "tokens_per_device=300")
     assert "max_seq_len" in line and "300" in line and "256" in line
 
-
-def test_a_checkpoint_must_be_one_of_this_model() -> None:
     Path("empty").mkdir()
     (line,) = found("checkpoint_dir=empty")
     assert "empty" in line

@@ -33,12 +33,7 @@ _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 
 @dataclass(frozen=True)
 class Component:
-    """A builder and the keyword arguments that the yaml gives it.
-
-    Args:
-        path: dotted path of the builder.
-        arguments: its keyword arguments from the yaml.
-    """
+    """A builder, by its dotted path, and the keyword arguments that the yaml gives it."""
 
     path: str
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -126,7 +121,7 @@ def locate(path: str) -> object:
     """Import the object that a dotted path names.
 
     Raises:
-        LookupError: If a part of the path does not import or is not there; the message says which, and what is near.
+        LookupError: saying which part of the path does not import or is not there, and what is near.
     """
     parts = path.split(".")
     if not all(part.isidentifier() for part in parts):
@@ -158,12 +153,7 @@ def _absent(path: str, part: str, parent: object) -> str:
 
 
 def component_problems(component: Component, given: Given) -> list[str]:
-    """What is wrong with a component's path and arguments: lines that begin behind the name of its key.
-
-    Args:
-        component: the component; an argument `???` is not checked.
-        given: what the recipe passes besides.
-    """
+    """What is wrong with a component, except arguments that are `???`: lines that begin behind the name of its key."""
     try:
         builder = locate(component.path)
     except LookupError as error:

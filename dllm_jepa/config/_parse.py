@@ -44,7 +44,7 @@ def parse(recipe_main: Callable[[AnyConfig], Any]) -> Callable[[], None]:
 
     @functools.wraps(recipe_main)
     def wrapper() -> None:
-        words, is_rank_zero = sys.argv[1:], _rank() == 0
+        words, is_rank_zero = sys.argv[1:], os.environ.get("RANK", "0") == "0"
         if {"-h", "--help"}.intersection(words):
             print(f"{inspect.getdoc(inspect.getmodule(recipe_main))}\n\nKeys, given as key=value:\n")
             print(key_table(config_class))
@@ -232,18 +232,15 @@ def find_from_here() -> None:
         sys.path.append(here)
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def _report(error: UserError) -> None:
     """Print a user error once per run: by rank 0 if it has it, else by the rank that does. A lost rank has no time."""
-    rank = _rank()
-    if rank != 0 and not isinstance(error, LostRankError):
-        time.sleep(_SECONDS_FOR_RANK_ZERO)
-    of_rank = f" (rank {rank})" if rank != 0 else ""
-    print(f"error{of_rank}: {error}", file=sys.stderr, flush=True)
+    message, rank = f"error: {error}", os.environ.get("RANK", "0")
+    if rank != "0":
+        message = f"error (rank {rank}): {error}"
+        if not isinstance(error, LostRankError):
+            time.sleep(_SECONDS_FOR_RANK_ZERO)
+    print(message, file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun ends with a report of its own, below our message; it quotes what it finds here.
-        quoted = {"message": f"error{of_rank}: {error}", "timestamp": int(time.time())}
+        quoted = {"message": message, "timestamp": int(time.time())}
         Path(file).write_text(json.dumps(quoted), encoding="utf-8")

@@ -186,10 +186,8 @@ def micro_batch_peak(cfg: Any, num_gpus: int, *, with_logits: bool) -> int:
     It is one of `tokens_per_device` tokens, of sequences as long as they may be, all of whose tokens may be masked.
     Gradients are there already, as from a micro-batch before, so that only the newest of a weight counts.
 
-    Args:
-        cfg: the config.
-        num_gpus: with several, weights are in the compute type and without a gradient in another type.
-        with_logits: with the head and its loss.
+    With several GPUs, weights are in the compute type and have no gradient in another type; `with_logits` adds the head
+    and its loss.
     """
     length = min(cfg.max_seq_len, cfg.tokens_per_device)
     number, rest = divmod(cfg.tokens_per_device, length)
@@ -305,10 +303,8 @@ def _put_fakes(module: nn.Module, trained: torch.dtype, frozen: torch.dtype) -> 
 def _prepare_gradients(module: nn.Module, *, update_bytes: float | None) -> None:
     """Give every trained parameter a gradient.
 
-    Args:
-        module: the module.
-        update_bytes: None, or with the optimizer in the backward pass the temporaries of an update per element: then a
-            parameter has no gradient before, and drops what it gets after the update.
+    With the optimizer in the backward pass, whose update takes `update_bytes` per element, a parameter has none before
+    and drops what it gets after the update.
     """
     for param in module.parameters():
         if not param.requires_grad:

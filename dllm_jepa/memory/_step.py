@@ -91,11 +91,11 @@ class MemoryTable:
 
 
 def step_memory(cfg: Any, num_gpus: int = 1) -> MemoryTable:
-    """Compute the peak memory of a training step on every GPU.
+    """The peak memory of a training step on each of the GPUs of a run.
 
     Args:
-        cfg: checked config with all its keys.
-        num_gpus: GPUs over which the run is sharded; a multiple of `data_parallel_replicate_dim`.
+        cfg: checked config of a training recipe.
+        num_gpus: a multiple of `data_parallel_replicate_dim`.
     """
     num_shards = num_gpus // cfg.data_parallel_replicate_dim
     model, predictor = build_parts(cfg)

@@ -28,12 +28,7 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", 
 
 
 class RMSNorm(nn.Module):
-    """Normalizes in fp32, casts back and only then multiplies by its scale, as both families do.
-
-    Args:
-        dim: D.
-        eps: added to the mean square.
-    """
+    """Normalizes in fp32, casts back and only then multiplies by its scale, as both families do."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -50,11 +45,6 @@ class RotaryEmbedding(nn.Module):
     """Rotate-half rotary embedding, computed in fp32 whatever the type of its input.
 
     Both LLaDA and Dream store their query and key weights for this layout, so no weight has to be permuted.
-
-    Args:
-        head_dim: h.
-        max_seq_len: longest sequence in tokens.
-        base: base of the frequencies.
     """
 
     cache: Tensor
@@ -97,10 +87,7 @@ class RotaryEmbedding(nn.Module):
 class BidirectionalAttention(nn.Module):
     """Multi-head attention in which every token of a sequence sees all of it; grouped key/value heads allowed.
 
-    Args:
-        sizes: of the transformer.
-        rope: shared by all layers.
-        bias: query, key and value projections have biases.
+    With `bias`, the query, key and value projections have biases; all layers share one `rope`.
     """
 
     kernel = "sdpa"  # `choose_packed_attention` sets another
@@ -147,12 +134,7 @@ class BidirectionalAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: `w2(silu(w1(x)) * w3(x))`.
-
-    Args:
-        embed_dim: D.
-        mlp_dim: width between.
-    """
+    """SwiGLU: `w2(silu(w1(x)) * w3(x))`."""
 
     def __init__(self, embed_dim: int, mlp_dim: int) -> None:
         super().__init__()
@@ -167,13 +149,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to its input.
-
-    Args:
-        sizes: of the transformer.
-        rope: shared by all layers.
-        attn_bias: query, key and value projections have biases.
-    """
+    """Attention and feed-forward, each behind a norm and added to its input."""
 
     is_compiled = False
 
@@ -231,7 +207,7 @@ def choose_packed_attention(module: nn.Module, device: torch.device, compute_dty
 
     Args:
         module: a model or a backbone.
-        device: where it runs.
+        device: where it is going to run.
         compute_dtype: type of queries, keys and values: that of autocast or of FSDP's mixed precision.
 
     Returns:
@@ -246,12 +222,7 @@ def choose_packed_attention(module: nn.Module, device: torch.device, compute_dty
 
 
 def set_packed_attention(module: nn.Module, name: str) -> None:
-    """Set a kernel for packed rows on every attention of a module.
-
-    Args:
-        module: a model or a backbone.
-        name: see `packed_kernel`.
-    """
+    """Set a kernel for packed rows, by its name for `packed_kernel`, on every attention of a module."""
     for attention in _attentions(module):
         attention.kernel = name
         attention.packed_attention = packed_kernel(name, compiled=attention.is_compiled)

@@ -33,12 +33,7 @@ class TokenLosses(NamedTuple):
 
 
 class Head(nn.Linear):
-    """The layer from hidden states to logits, and from hidden states to losses without ever holding all logits.
-
-    Args:
-        embed_dim: D.
-        vocab_size: V.
-    """
+    """The layer from hidden states to logits, and from hidden states to losses without ever holding all logits."""
 
     forward_methods = ("cross_entropy",)  # see `training.shard`
 

@@ -30,14 +30,9 @@ class WeightSource(Protocol):
 
 
 def add_lora(model: MaskedDiffusionLM, settings: LoRASettings) -> MaskedDiffusionLM:
-    """Freeze a model and add adapters to its transformer layers, in place.
+    """Freeze a model without adapters, add some to its transformer layers, in place, and return it.
 
-    Args:
-        model: a model without adapters. Its parameters are kept, but for those that are quantized.
-        settings: where, and of which kind.
-
-    Returns:
-        The model. Its parameters with a gradient are the adapters alone.
+    Its parameters are kept, but for those that are quantized; the adapters alone have gradients.
 
     Raises:
         ValueError: if a layer cannot be quantized.
@@ -68,7 +63,7 @@ def with_lora(
 
     Args:
         builder: a builder with keyword arguments only.
-        quantize_base: default of the argument of this name.
+        quantize_base: default of the new builder's argument of this name.
     """
 
     def build(
@@ -154,7 +149,7 @@ class LoRALinear(nn.Module):
 
     Args:
         linear: the layer, whose parameters are taken over; its weight may be in NF4.
-        settings: rank, scaling and dropout.
+        settings: its rank, scaling and dropout are used.
 
     Source: LoRA, arXiv 2106.09685.
     """
@@ -182,10 +177,6 @@ class DoRALinear(LoRALinear):
 
     The result has the type of the base's product: fp32 magnitudes would make it fp32 under autocast, and keep it from
     the half-precision attention kernels.
-
-    Args:
-        linear: see `LoRALinear`.
-        settings: see `LoRALinear`.
 
     Source: DoRA, arXiv 2402.09353; https://github.com/huggingface/peft (`DoraLinearLayer`).
     """

@@ -142,14 +142,14 @@ class MaskedDiffusionLM(nn.Module):
         chunk_tokens: int,
         attention_mask: AttentionMask = None,
     ) -> TokenLosses:
-        """Losses of some tokens; only `chunk_tokens` rows of logits are there at any time.
+        """Losses of some tokens.
 
         Args:
             hidden: [B, T, D], hidden states of all tokens.
             positions: int64 [n], see `scored_from`.
             labels: int64 [n], the right tokens at `positions`.
             token_weights: fp32 [n], their weights in the sum; they get no gradient.
-            chunk_tokens: most tokens to score at a time, at least 1.
+            chunk_tokens: rows of logits that are there at any time, at least 1.
             attention_mask: what `forward` was given.
 
         Returns:
@@ -203,11 +203,7 @@ class MaskedDiffusionLM(nn.Module):
         return self.logits(hidden, everywhere, attention_mask=attention_mask).view(*tokens.shape, -1)
 
     def check_fits(self, *, vocab_size: int, max_seq_len: int) -> None:
-        """Refuse a tokenizer or a sequence length that the model has no place for.
-
-        Args:
-            vocab_size: ids of the tokenizer.
-            max_seq_len: longest sequence in tokens.
+        """Refuse a tokenizer of so many ids, or sequences of so many tokens, if the model has no place for them.
 
         Raises:
             ConfigError: naming the key, the value and the model's size.

@@ -42,11 +42,7 @@ class TransformerSizes:
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        """Check that the sizes fit each other.
-
-        Raises:
-            ValueError: naming the two sizes that do not fit.
-        """
+        """Raise a ValueError that names the sizes that do not fit each other."""
         for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -82,11 +78,7 @@ class LoRASettings:
     quantize_base: bool = False
 
     def __post_init__(self) -> None:
-        """Check the values, which may come from a config or a file.
-
-        Raises:
-            ValueError: naming the argument of the builders, the value and what is allowed.
-        """
+        """Raise a ValueError that names the argument of the builders, the value and what is allowed."""
         object.__setattr__(self, "attn_modules", tuple(self.attn_modules))  # yaml and JSON give lists
         if wrong := [name for name in self.attn_modules if name not in ATTN_MODULES]:
             raise ValueError(f"lora_attn_modules: no module {', '.join(wrong)}; there are {', '.join(ATTN_MODULES)}")

@@ -7,12 +7,12 @@ import dllm_jepa_eval
 import dllm_jepa_generate
 import pytest
 
-from dllm_jepa import config
 from dllm_jepa.config import Launch, load_config
 
 HERE = "tests.config.test_eval_config"
 ONE, TWO = Launch(), Launch(2, 2, 0)
 EVALUATION, GENERATION = dllm_jepa_eval.Config, dllm_jepa_generate.Config
+DECODING = {"_component_": f"{HERE}.decoding", "gen_length": 8}
 
 
 def generating_task(
@@ -34,14 +34,12 @@ def decoding(gen_length: int, steps: int = 4) -> object:
 
 def evaluation(folder: Path, **changes: Any) -> dict[str, Any]:
     task = {"_component_": f"{HERE}.generating_task", "source": "x.jsonl"}
-    decode = {"_component_": f"{HERE}.decoding", "gen_length": 8}
     required = {"output_dir": str(folder / "out"), "checkpoint_dir": str(folder), "device": "cpu"}
-    return required | {"task": task, "decoding": decode, "num_shots": 4} | changes
+    return required | {"task": task, "decoding": DECODING, "num_shots": 4} | changes
 
 
 def generation(folder: Path, **changes: Any) -> dict[str, Any]:
-    decode = {"_component_": f"{HERE}.decoding", "gen_length": 8}
-    return {"checkpoint_dir": str(folder), "device": "cpu", "prompt": "a", "decoding": decode} | changes
+    return {"checkpoint_dir": str(folder), "device": "cpu", "prompt": "a", "decoding": DECODING} | changes
 
 
 def test_sound_configs(tmp_path: Path) -> None:
@@ -72,11 +70,10 @@ def test_sound_configs(tmp_path: Path) -> None:
             ["task.seed: 2 given, but the recipe passes this one itself"],
         ),
         (
-            {"decoding": {"_component_": f"{HERE}.decoding", "gen_length": 8, "steps": 0}},
+            {"decoding": DECODING | {"steps": 0}},
             ["decoding: steps must be at least 1, got 0"],
         ),
         ({"num_shots": -1}, ["num_shots: -1 given, must be an integer >= 0 or null"]),
-        ({"resume": "yes"}, ['resume: "yes" given, must be one of never, auto']),
         ({"checkpoint_dir": "absent"}, ["checkpoint_dir: 'absent' is not a directory"]),
         ({"base_dir": "absent"}, ["base_dir: 'absent' is not a directory"]),
         ({"output_dir": __file__}, ["output_dir: '{file}' is a file"]),
@@ -101,8 +98,6 @@ def test_evaluations_that_cannot_run(tmp_path: Path, changes: dict[str, Any], li
         ({"output": "absent/a.jsonl"}, ONE, "output: 'absent/a.jsonl' given, but the folder"),
         ({"html": "there.html"}, ONE, "html: 'there.html' exists and is kept"),
         ({"html": " "}, ONE, 'html: " " given, must be a path ending in .html or null'),
-        ({"decoding": None}, ONE, "decoding: null given, must be a mapping"),
-        ({"template": "alpaca"}, ONE, 'template: "alpaca" given, must be one of chat, plain or null'),
         ({}, TWO, "--nproc_per_node: 2 processes, but this recipe runs in one"),
     ],
 )
@@ -117,10 +112,10 @@ def test_generations_that_cannot_run(
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
-    (line,) = EVALUATION.problems(evaluation(tmp_path), ONE)
-    assert line.startswith("output_dir: ") and "cannot be written to; choose another folder" in line
-    (line,) = GENERATION.problems(generation(tmp_path, output=str(tmp_path / "a.jsonl")), ONE)
-    assert line.startswith("output: ") and line.endswith("cannot be written to")
+    evaluated = EVALUATION.problems(evaluation(tmp_path), ONE)
+    generated = GENERATION.problems(generation(tmp_path, output=str(tmp_path / "a.jsonl")), ONE)
+    for (line,), key in ((evaluated, "output_dir: "), (generated, "output: ")):
+        assert line.startswith(key) and "cannot be written to" in line
 
 
 def test_what_people_write_arrives_as_typed() -> None:
@@ -128,4 +123,3 @@ def test_what_people_write_arrives_as_typed() -> None:
     values = load_config(words, GENERATION)
     assert values["prompt"] == "a: b # c ${x}" and values["prompts_file"] == "[1].txt"
     assert values["system_prompt"] is None and values["seed"] == 3
-    assert config.has_mark(GENERATION.model_fields["prompt"], config.Verbatim)

@@ -22,7 +22,6 @@ def compared(tmp_path: Path, before: list[str], after: list[str]) -> list[str]:
 
 
 def test_an_unchanged_config_has_nothing_to_say(tmp_path: Path) -> None:
-    assert compared(tmp_path, [], []) == []
     assert compared(tmp_path, [], ["resume=auto", "resume_override=true"]) == []  # they are about this start alone
 
 
@@ -54,18 +53,11 @@ def test_harmless_changes_pass_with_a_line_each(tmp_path: Path, word: str, line:
 )
 def test_changes_of_the_run_are_refused_unless_they_are_meant(tmp_path: Path, word: str, line: str) -> None:
     with pytest.raises(ConfigError) as error:
-        compared(tmp_path, [], [word, "log_every_n_steps=2"])
-    assert f"  - {line}" in str(error.value)
-    assert "log_every_n_steps" not in str(error.value)
-    assert "resume_override=true" in str(error.value)
+        compared(tmp_path, [], [word, "jepa_every=2", "log_every_n_steps=2"])
+    message = str(error.value)
+    assert message.count("\n  - ") == 2 and f"  - {line}" in message and "resume_override=true" in message
     said = compared(tmp_path, [], [word, "resume_override=true"])
     assert [one for one in said if one.startswith(line) and one.endswith("(resume_override)")]
-
-
-def test_all_of_them_are_listed_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as error:
-        compared(tmp_path, [], ["seed=1", "jepa_every=2", "model.mlp_dim=64"])
-    assert str(error.value).count("\n  - ") == 3
 
 
 @pytest.mark.parametrize("word", ["max_steps=900", "epochs=3"])
@@ -98,12 +90,9 @@ def test_lists_of_a_key_of_ones_own_are_compared_as_yaml_has_them(tmp_path: Path
         folder: Path = Path("runs")
 
     cfg = Own.check(load_config(["--config", "tiny"], Own))
-    saved = tmp_path / "config.yaml"
-    saved.write_text(cfg.to_yaml())
-    assert yaml.safe_load(saved.read_text())["betas"] == [0.9, 0.95]
-    assert check_resume(cfg, saved) == []
-    saved.write_text(tiny().to_yaml())
-    assert check_resume(cfg, saved) == []
+    for text in (cfg.to_yaml(), tiny().to_yaml()):
+        (tmp_path / "config.yaml").write_text(text)
+        assert check_resume(cfg, tmp_path / "config.yaml") == []
 
 
 def test_a_key_may_change_only_if_its_class_says_so() -> None:

@@ -1,6 +1,7 @@
 """What a training config may hold, key by key: one line for each problem, and what it says; builders are stand-ins."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import yaml
 from dllm_jepa_full import Config
 
 from dllm_jepa.config import Launch, load_config
-from dllm_jepa.errors import ConfigError
 
 PARTS = """
 from collections.abc import Sequence
@@ -96,19 +96,14 @@ def test_builders_of_the_working_directory_are_found(tmp_path: Path, monkeypatch
     assert problems(*words) == []
 
 
-@pytest.mark.parametrize(
-    "key", ["output_dir", "tokenizer._component_", "tokenizer.path", "model.embed_dim", "optimizer.lr"]
-)
+@pytest.mark.parametrize("key", ["output_dir", "tokenizer._component_", "model.embed_dim"])
 def test_question_marks_must_be_set(key: str) -> None:
     assert only(f"{key}=???") == f"{key}: ??? must be set; write it into the yaml or give {key}=VALUE"
-
-
-def test_of_a_reference_to_a_missing_value_the_value_is_the_one_to_set() -> None:
     assert only("tokenizer.path=${checkpoint_dir}", "checkpoint_dir=???").startswith("checkpoint_dir: ???")
 
 
 @pytest.mark.parametrize(
-    "word, parts",
+    ("words", "parts"),
     [
         ("jepa_wieght=2", ["jepa_wieght: unknown key (value 2).", "Did you mean jepa_weight?"]),
         ("zzzz=1", ["zzzz: unknown key (value 1).", "The keys are: output_dir, seed,"]),
@@ -118,21 +113,18 @@ def test_of_a_reference_to_a_missing_value_the_value_is_the_one_to_set() -> None
         ("checkpoint.keep_last=0", ["checkpoint.keep_last: 0 given, must be an integer >= 1 or null (newest"]),
         ("checkpoint=3", ["checkpoint: 3 given, must be a mapping with the keys every_n_steps, keep_last"]),
         ("output_dir=3", ["output_dir: 3 given, must be a path (folder"]),
-        ("output_dir=' '", ['output_dir: " " given, must be a path']),
+        ("output_dir='\" \"'", ['output_dir: " " given, must be a path']),
         ("seed=true", ["seed: true given, must be an integer in [0, 4294967295]"]),
         ("epochs=1.5", ["epochs: 1.5 given, must be an integer >= 1 ("]),
-        ("epochs=null", ["epochs: null given, must be an integer >= 1 ("]),
         ("device=gpu", ['device: "gpu" given, must be one of cpu, cuda']),
         ("jepa_weight=.nan", ["jepa_weight: NaN given, must be a number >= 0"]),
-        ("jepa_weight=.inf", ["jepa_weight: Infinity given, must be a number >= 0"]),
         ("jepa_ratio=1.1", ["jepa_ratio: 1.1 given, must be a number in (0, 1] or null"]),
         ("packed=1", ["packed: 1 given, must be true or false"]),
         ("dtype=fp16", ["dtype: fp16 is not offered:", "take bf16 or fp32"]),
         ("export_dtype=half", ["export_dtype: half is not offered:", "take bf16 or fp32"]),
         # Components
-        ("optimizer=3", ["optimizer: 3 given", "`_component_: package.builder`"]),
         ("model=null", ["model: null given, must be a mapping with `_component_"]),
-        ("view_sampler={x: 1}", ["view_sampler: {", "`_component_: package.builder`"]),
+        ("view_sampler='{x: 1}'", ["view_sampler: {", "`_component_: package.builder`"]),
         ("model._component_=nowhere.model", ["model._component_: 'nowhere.model': no module named 'nowhere'"]),
         ("model._component_=stand_in_parts.modell", ["stand_in_parts has no 'modell'. Did you mean model?"]),
         ("model._component_=torch.optimm.AdamW", ["torch has no 'optimm'. Did you mean optim?"]),
@@ -146,7 +138,6 @@ def test_of_a_reference_to_a_missing_value_the_value_is_the_one_to_set() -> None
             ["model.embed_dims:", "Did you mean embed_dim?", "It takes: embed_dim, num_heads;", "~model.embed_dims"],
         ),
         ("model.embed_dim=eight", ['model.embed_dim: "eight" given, must be an integer']),
-        ("model.embed_dim=true", ["model.embed_dim: true given, must be an integer"]),
         ("model.embed_dim=9", ["model: embed_dim must be a multiple of num_heads, got 9 and 4"]),
         ("tokenizer.path=3", ["tokenizer.path: 3 given, must be a text or a path"]),
         ("view_sampler.context_ratio=0.9", ["view_sampler: ratios must rise inside (0, 1), got 0.9 and 0.7"]),
@@ -154,16 +145,14 @@ def test_of_a_reference_to_a_missing_value_the_value_is_the_one_to_set() -> None
         ("predictor.num_layers=[1]", ["predictor.num_layers: [1] given, must be an integer"]),
         ("dataset.too_long=drop", ['dataset.too_long: "drop" given, must be one of truncate, refuse']),
         ("dataset.limit=some", ['dataset.limit: "some" given, must be an integer or null']),
-        ("dataset.max_seq_len=8", ["dataset.max_seq_len: 8 given, but the recipe passes this one itself"]),
         ("~dataset.source", ["dataset.source: missing; stand_in_parts.rows needs it"]),
         ("optimizer.lr=-1.0", ["optimizer: Invalid learning rate: -1.0"]),
-        ("lr_scheduler.warmup_ratio=1.5", ["lr_scheduler: warmup_ratio must be in [0, 1], got 1.5"]),
         (
             "lr_scheduler._component_=torch.optim.lr_scheduler.ConstantLR",
             ["torch.optim.lr_scheduler.ConstantLR does not take 'num_training_steps', which the recipe passes"],
         ),
         (
-            "target_encoder={_component_: stand_in_parts.views}",
+            "target_encoder='{_component_: stand_in_parts.views}'",
             ["stand_in_parts.views does not take what the recipe passes by position: model, copy_backbone"],
         ),
         ("metric_logger.file_name=x", ["metric_logger.file_name:", "Did you mean filename?"]),
@@ -176,48 +165,28 @@ def test_of_a_reference_to_a_missing_value_the_value_is_the_one_to_set() -> None
         ("output_dir=stand_in_parts.py", ["output_dir: 'stand_in_parts.py' is a file; give a directory"]),
         ("output_dir=stand_in_parts.py/x", ["stand_in_parts.py' is a file; choose another folder"]),
         ("resume=always", ["resume: 'always' is neither never nor auto nor an existing path", "auto"]),
+        ("jepa_every=2 jepa_ratio=0.5", ["jepa_every: 2 together with jepa_ratio: 0.5", "jepa_ratio: null"]),
+        ("shuffle_targets=true jepa_weight=0", ["shuffle_targets: true, but jepa_weight is 0"]),
+        ("shuffle_targets=true global_batch_size=1", ["needs two sequences", "global_batch_size is 1"]),
+        ("export=both jepa_weight=0", ["export: both, but jepa_weight is 0", "export: online or null"]),
+        ("dataset.eos_fill=3 dataset.canvas_tokens=8", ["dataset.eos_fill: 3 together with", "eos_fill: 0"]),
         # A rule waits until its keys are valid.
         ("max_seq_len=long", ["max_seq_len:"]),
     ],
 )
-def test_one_wrong_value_gives_one_line_that_says_what_to_do(word: str, parts: list[str]) -> None:
-    line = only(word)
-    for part in parts:
-        assert part in line
-
-
-@pytest.mark.parametrize(
-    "words, parts",
-    [
-        (["jepa_every=2", "jepa_ratio=0.5"], ["jepa_every: 2 together with jepa_ratio: 0.5", "jepa_ratio: null"]),
-        (["shuffle_targets=true", "jepa_weight=0"], ["shuffle_targets: true, but jepa_weight is 0"]),
-        (["shuffle_targets=true", "global_batch_size=1"], ["needs two sequences", "global_batch_size is 1"]),
-        (["export=both", "jepa_weight=0"], ["export: both, but jepa_weight is 0", "export: online or null"]),
-        (["dataset.eos_fill=3", "dataset.canvas_tokens=8"], ["dataset.eos_fill: 3 together with", "eos_fill: 0"]),
-    ],
-)
-def test_rules_across_keys(words: list[str], parts: list[str]) -> None:
-    line = only(*words)
-    for part in parts:
-        assert part in line
+def test_one_mistake_gives_one_line_that_says_what_to_do(words: str, parts: list[str]) -> None:
+    line = only(*shlex.split(words))
+    assert [part for part in parts if part not in line] == []
 
 
 @pytest.mark.parametrize(
     "words",
     [
         ["jepa_weight=0", "predictor=null", "target_encoder=null"],
-        ["jepa_every=4"],
-        ["jepa_ratio=1"],
-        ["shuffle_targets=true", "global_batch_size=2"],
-        ["tokens_per_device=64"],
-        ["compute_dtype=bf16", "device=cuda"],
-        ["checkpoint_dir=.", "output_dir=."],
-        ["resume=auto"],
-        ["resume=."],
+        ["jepa_every=4", "tokens_per_device=64", "resume=auto", "dataset.eos_fill=3", "dataset.canvas_tokens=null"],
+        ["jepa_ratio=1", "shuffle_targets=true", "global_batch_size=2", "compute_dtype=bf16", "device=cuda"],
+        ["checkpoint_dir=.", "output_dir=.", "resume=.", "dataset.eos_fill=0", "dataset.canvas_tokens=8"],
         ["lr_scheduler=null", "metric_logger=null", "clip_grad_norm=null"],
-        ["lr_scheduler.num_training_steps=7"],
-        ["dataset.eos_fill=3", "dataset.canvas_tokens=null"],
-        ["dataset.eos_fill=0", "dataset.canvas_tokens=8"],
         ["view_sampler={_component_: stand_in_parts.ranged_views, bounds: [0.1, 1], either: [0.5]}"],
     ],
 )
@@ -239,19 +208,17 @@ def test_a_component_that_the_recipe_cannot_call_is_refused() -> None:
 
 
 def test_missing_keys_are_named_with_what_they_want() -> None:
-    lines = problems("~global_batch_size", "~dataset")
-    assert [line.partition(" (")[0] for line in lines] == ["dataset: missing", "global_batch_size: missing"]
-    assert "`_component_: package.builder`" in lines[0] and "give an integer >= 1" in lines[1]
+    dataset, size = problems("~global_batch_size", "~dataset")
+    assert dataset.startswith("dataset: missing (") and "give a mapping with `_component_: package.builder`" in dataset
+    assert size.startswith("global_batch_size: missing (") and "give an integer >= 1" in size
 
 
 def test_all_problems_are_listed_at_once() -> None:
     words = ("seed=-1", "jepa_wieght=1", "dtype=fp16", "model.embed_dims=8", "view_sampler.context_ratio=2.0")
-    with pytest.raises(ConfigError) as error:
-        Config.check(load_config(["--config", "base.yaml", "~epochs", *words], Config))
-    message = str(error.value)
-    assert "6 problems" in message
-    for key in ("seed:", "jepa_wieght:", "dtype:", "model.embed_dims:", "view_sampler:", "epochs:"):
-        assert f"\n  - {key}" in message
+    lines = problems(*words, "~epochs", "zzzz=1", "qqqq=2", "lr=1e-5")
+    keys = {"seed", "jepa_wieght", "dtype", "model.embed_dims", "view_sampler", "epochs", "zzzz", "qqqq", "lr"}
+    assert {line.partition(":")[0] for line in lines} == keys and len(lines) == len(keys)
+    assert sum("The keys are" in line for line in lines) == 1
 
 
 # Rules on the machine
@@ -268,12 +235,8 @@ def test_all_problems_are_listed_at_once() -> None:
 )
 def test_rules_on_the_machine(word: str, launch: Launch, parts: list[str]) -> None:
     line = only(word, launch=launch)
-    for part in parts:
-        assert part in line
+    assert [part for part in parts if part not in line] == []
     assert problems(word) == []  # where the launch is not known
-
-
-def test_what_the_rules_on_the_machine_allow() -> None:
     assert problems("device=cuda", "data_parallel_replicate_dim=2", launch=Launch(8, 4, 4)) == []
     assert problems("global_batch_size=4", launch=Launch(4, 4)) == []
 
@@ -292,10 +255,7 @@ def test_launch_reads_the_variables_of_torchrun(monkeypatch: pytest.MonkeyPatch)
     ("word", "key"),
     [
         ("lr=1e-5", "optimizer.lr"),
-        ("learning_rate=1e-5", "optimizer.lr"),
         ("batch_size=4", "global_batch_size (sequences per step, over all ranks) and tokens_per_device"),
-        ("gradient_accumulation_steps=4", "global_batch_size (sequences per step, over all ranks) and"),
-        ("bf16=true", "compute_dtype"),
         ("report_to=wandb", "metric_logger"),
         ("warmup_ratio=0.1", "lr_scheduler.warmup_ratio"),
     ],
@@ -306,33 +266,10 @@ def test_words_of_other_frameworks_name_the_key_that_is_meant(word: str, key: st
     assert "The keys are" not in line
 
 
-def test_what_other_frameworks_do_with_a_key_is_another_recipe() -> None:
-    line = only("eval_steps=10")
-    assert line.endswith("there is no key: evaluate with the recipe dllm_jepa_eval")
-
-
 def test_a_key_of_another_recipe_is_named_as_such() -> None:
+    assert only("eval_steps=10").endswith("there is no key: evaluate with the recipe dllm_jepa_eval")
     assert only("num_shots=4").startswith("num_shots: a key of dllm_jepa_eval, not of this recipe; remove it")
     assert only("part=target").startswith("part: a key of dllm_jepa_eval and dllm_jepa_generate, not of this recipe")
-
-
-def test_all_keys_are_listed_once() -> None:
-    lines = problems("zzzz=1", "qqqq=2", "lr=1e-5", "jepa_wieght=1")
-    assert len(lines) == 4 and sum("The keys are" in line for line in lines) == 1
-
-
-# Warnings
-
-
-def warnings(*words: str) -> list[str]:
-    return Config.check(load_config(["--config", "base.yaml", *words], Config)).warnings()
-
-
-def test_small_rate_on_bf16_weights_is_warned_about_and_allowed() -> None:
-    (line,) = warnings("dtype=bf16", "optimizer.lr=1e-5")
-    assert line.startswith("dtype: bf16 with optimizer.lr 1e-05") and "round-to-nearest" in line and "fp32" in line
-    assert warnings("dtype=bf16", "optimizer.lr=1e-4") == []
-    assert warnings("dtype=fp32", "optimizer.lr=1e-5") == []
 
 
 # Defaults and the saved file

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dllm_jepa.models import choose_packed_attention
 from dllm_jepa.models._attention import PackedAttention, bucketed_attention, fastest_kernel, packed_kernel
@@ -18,7 +18,6 @@ LENGTHS = {
     "mixed": [7, 1, 130, 3, 8, 300, 2],
     "many": [1 + 7 * number % 40 for number in range(60)],
 }
-lengths_of_rows = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 heads = pytest.mark.parametrize("num_kv_heads", [4, 2], ids=["heads", "grouped"])
 
 
@@ -49,59 +48,46 @@ def with_gradients(kernel: PackedAttention, tensors: list[Tensor], lengths: list
     return [out, *torch.autograd.grad(out, (q, k, v), tensors[3].to(out.dtype))]
 
 
-@lengths_of_rows
 @heads
-def test_the_reference(lengths: list[int], num_kv_heads: int) -> None:
+def test_the_reference(num_kv_heads: int) -> None:
     """Values and gradients."""
-    tensors = row(lengths, num_kv_heads, 16, torch.float64, "cpu")
-    ours, expected = (with_gradients(kernel, tensors, lengths) for kernel in (bucketed_attention, dense))
-    torch.testing.assert_close(ours, expected)
+    for name, lengths in LENGTHS.items():
+        tensors = row(lengths, num_kv_heads, 16, torch.float64, "cpu")
+        ours, expected = (with_gradients(kernel, tensors, lengths) for kernel in (bucketed_attention, dense))
+        torch.testing.assert_close(ours, expected, msg=name)
 
 
-@lengths_of_rows
 @heads
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
-def test_flex(lengths: list[int], num_kv_heads: int) -> None:
+def test_flex(num_kv_heads: int) -> None:
     """Its mask and its call; it has no backward pass on CPU."""
-    q, k, v, _ = row(lengths, num_kv_heads, 16, torch.float64, "cpu")
-    with torch.compiler.set_stance("force_eager"):
-        ours = packed_kernel("flex")(q, k, v, PackedSequences.from_lengths(lengths))
-    torch.testing.assert_close(ours, dense(q, k, v, lengths))
+    for name, lengths in LENGTHS.items():
+        q, k, v, _ = row(lengths, num_kv_heads, 16, torch.float64, "cpu")
+        with torch.compiler.set_stance("force_eager"):
+            ours = packed_kernel("flex")(q, k, v, PackedSequences.from_lengths(lengths))
+        torch.testing.assert_close(ours, dense(q, k, v, lengths), msg=name)
 
 
 @pytest.mark.gpu
-@lengths_of_rows
 @heads
 @pytest.mark.parametrize(("name", "head_dim"), [("varlen", 64), ("varlen", 128), ("varlen", 192), ("flex", 64),
                                                 ("flex", 256), ("flex", 20), ("sdpa", 64)])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_kernels_of_gpus(name: str, head_dim: int, dtype: torch.dtype, lengths: list[int], num_kv_heads: int) -> None:
-    """Values and gradients, each within a few rounding errors of the largest."""
+def test_kernels_of_gpus(name: str, head_dim: int, dtype: torch.dtype, num_kv_heads: int) -> None:
+    """Values and gradients, each within a few rounding errors of the largest; one kernel serves rows of all sizes."""
     torch._dynamo.reset()  # lest the limit of recompilations be reached, and flex attention run uncompiled
-    tensors = row(lengths, num_kv_heads, head_dim, dtype, "cuda")
-    ours, expected = (with_gradients(kernel, tensors, lengths) for kernel in (packed_kernel(name), dense))
-    for got, want in zip(ours, expected, strict=True):
-        assert got.dtype == dtype
-        assert (got.double() - want).abs().max() < 4 * torch.finfo(dtype).eps * max(1.0, float(want.abs().max()))
-
-
-@pytest.mark.gpu
-@heads
-@pytest.mark.parametrize("name", ["varlen", "flex"])
-def test_a_kernel_of_gpus_serves_rows_of_all_sizes(name: str, num_kv_heads: int) -> None:
-    """One compiled kernel, called with one packing after another."""
     for lengths in LENGTHS.values():
-        q, k, v, _ = row(lengths, num_kv_heads, 64, torch.bfloat16, "cuda")
-        out = packed_kernel(name)(q, k, v, PackedSequences.from_lengths(lengths).to(q.device))
-        torch.testing.assert_close(out.double(), dense(q, k, v, lengths), atol=0.03, rtol=0.03)
+        tensors = row(lengths, num_kv_heads, head_dim, dtype, "cuda")
+        ours, expected = (with_gradients(kernel, tensors, lengths) for kernel in (packed_kernel(name), dense))
+        for got, want in zip(ours, expected, strict=True):
+            assert got.dtype == dtype
+            assert (got.double() - want).abs().max() < 4 * torch.finfo(dtype).eps * max(1.0, float(want.abs().max()))
 
 
 @pytest.mark.parametrize(
     ("device", "capability", "dtype", "head_dim", "name"),
     [
-        ("cpu", None, torch.float32, 64, "sdpa"),
         ("cpu", None, torch.bfloat16, 64, "sdpa"),
-        ("mps", None, torch.float16, 64, "sdpa"),
         ("cuda", (9, 0), torch.bfloat16, 128, "varlen"),
         ("cuda", (8, 0), torch.float16, 64, "varlen"),
         ("cuda", (12, 0), torch.bfloat16, 8, "varlen"),
@@ -110,8 +96,6 @@ def test_a_kernel_of_gpus_serves_rows_of_all_sizes(name: str, num_kv_heads: int)
         ("cuda", (9, 0), torch.bfloat16, 20, "flex"),
         ("cuda", (9, 0), torch.bfloat16, 12, "sdpa"),
         ("cuda", (9, 0), torch.float32, 128, "sdpa"),
-        ("cuda", (9, 0), torch.float64, 128, "sdpa"),
-        ("cuda", (7, 5), torch.float16, 64, "sdpa"),
         ("cuda", (7, 5), torch.bfloat16, 64, "sdpa"),
     ],
 )
@@ -121,13 +105,9 @@ def test_the_choice(
     assert fastest_kernel(device, capability, dtype, head_dim) == name
 
 
-def tiny() -> nn.Module:
-    return llada(vocab_size=50, embed_dim=32, num_layers=2, num_heads=4, mlp_dim=48, max_seq_len=16)
-
-
 def test_the_choice_is_set_on_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    model = tiny()
+    model = llada(vocab_size=50, embed_dim=32, num_layers=2, num_heads=4, mlp_dim=48, max_seq_len=16)
     attentions = [part for part in model.modules() if isinstance(part, BidirectionalAttention)]
     assert [attention.packed_attention for attention in attentions] == [bucketed_attention] * 2
     line = choose_packed_attention(model, torch.device("cuda"), torch.bfloat16)
