@@ -284,6 +284,7 @@ def _run(words: list[str]) -> None:
     if recipe == words[0]:  # no option of torchrun: one process, this one
         sys.argv = [str(path), *launch.training_script_args]
         if is_file:
+            sys.path.insert(0, str(path.resolve().parent))  # where it finds its neighbours, as under `python FILE`
             runpy.run_path(str(path), run_name="__main__")
         else:
             runpy.run_module(recipe, run_name="__main__")

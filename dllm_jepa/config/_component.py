@@ -110,7 +110,7 @@ class Given:
         if isinstance(value, str) and value != UNSET:  # key=package.builder where the yaml has null
             value = {"_component_": value}
         if not isinstance(value, Mapping) or not isinstance(value.get("_component_"), str):
-            raise ValueError("not a component")
+            raise PydanticCustomError("no_component", "a mapping with _component_ is wanted")
         component = Component(value["_component_"], {k: v for k, v in value.items() if k != "_component_"})
         if component.path != UNSET and (lines := component_problems(component, self)):
             raise PydanticCustomError(COMPONENT_PROBLEMS, "component", {"lines": lines})

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import yaml
+from omegaconf import OmegaConf
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -174,7 +174,8 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The config as yaml: given to a recipe again, it makes the same run."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        # OmegaConf reads it again, and takes more texts for numbers than plain yaml: its own writer quotes them.
+        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
 
     @classmethod
     def _checked(cls, values: Mapping[str, Any], launch: Launch | None, opening: bool) -> tuple[Self | None, list[str]]:
@@ -231,9 +232,12 @@ def _lines(cls: type[Config], error: ValidationError, values: Mapping[str, Any])
     seen = set()
     all_keys_said = False
     for found in error.errors(include_url=False):
+        if not found["loc"]:  # a validator of the class's own, on all keys together
+            yield found["msg"]
+            continue
         owner, names = _owner(cls, found["loc"])
         key = ".".join(names)
-        if key in seen or values.get(names[0]) == UNSET:
+        if key in seen or UNSET in (values.get(names[0]), _value(values, names, None)):
             continue
         seen.add(key)
         if found["type"] == COMPONENT_PROBLEMS:
@@ -243,6 +247,8 @@ def _lines(cls: type[Config], error: ValidationError, values: Mapping[str, Any])
             if line.endswith(").") and not all_keys_said:  # no hint
                 line, all_keys_said = f"{line} The keys are: {', '.join(owner.model_fields)}", True
             yield line
+        elif found["type"] in ("value_error", "assertion_error"):  # a validator of the class's own
+            yield f"{key}: {shown(found['input'])} given: {found['msg']}"
         elif found["type"] == "missing" and len(found["loc"]) == len(names):
             yield f"{key}: missing{_meaning(owner, names[-1])}; give {_allowed(owner, names[-1])}"
         else:  # of a list, what is found may be about an entry: the whole value is shown

@@ -84,9 +84,11 @@ def _names(recipe: str) -> dict[str, Any]:
     path = Path(recipe)
     if recipe in find_recipes():
         return vars(importlib.import_module(recipe))
-    if path.suffix == ".py" and path.is_file():
-        return runpy.run_path(recipe, run_name=path.stem)
     find_from_here()
+    if path.suffix == ".py" and path.is_file():
+        folder = str(path.resolve().parent)  # where the recipe finds its neighbours, as under `python FILE`
+        sys.path[:0] = [] if folder in sys.path else [folder]
+        return runpy.run_path(recipe, run_name=path.stem)
     try:
         if importlib.util.find_spec(recipe) is not None:
             return vars(importlib.import_module(recipe))

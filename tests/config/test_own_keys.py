@@ -3,15 +3,18 @@
 import re
 import sys
 from pathlib import Path
+from typing import Annotated, Self
 
 import pytest
 import yaml
+from pydantic import AfterValidator, model_validator
 
 from dllm_jepa import cli
 from dllm_jepa.config import Config, Section, key_table, load_config, recipe_config
-from tests.launching import SMALL, SMALL_EVAL, SMALL_LORA
+from tests.launching import ROOT, SMALL, SMALL_EVAL, SMALL_LORA
 
-LAUNCHES = {"dllm_jepa_full": SMALL, "dllm_jepa_lora": SMALL_LORA, "dllm_jepa_eval": SMALL_EVAL}
+MODEL = f"checkpoint_dir={ROOT / 'tests/assets/llada_tiny'}"
+LAUNCHES = {"dllm_jepa_full": SMALL, "dllm_jepa_lora": SMALL_LORA, "dllm_jepa_eval": [*SMALL_EVAL, MODEL]}
 
 
 @pytest.fixture(autouse=True)
@@ -116,3 +119,54 @@ def test_a_rule_on_what_is_no_key_is_refused() -> None:
 
     with pytest.raises(TypeError, match="Own: rule on_nothing reads 'nothing', which is no key"):
         type("Own", (Config,), {"rules": (on_nothing,)})
+
+
+def test_a_copy_finds_its_neighbours(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    copy("dllm_jepa_full", "note: str = neighbour.NOTE", body="    print(cfg.note)\n    return\n")
+    text = Path("my.py").read_text().replace("import math\n", "import math\nimport neighbour\n", 1)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "copy.py").write_text(text)
+    (tmp_path / "sub" / "neighbour.py").write_text('NOTE = "1e3"\n')
+    cli.main(["validate", "sub/copy.py", *SMALL])
+    sys.path.remove(str(tmp_path / "sub"))
+    del sys.modules["neighbour"]
+    cli.main(["run", "sub/copy.py", *SMALL])
+    assert capsys.readouterr().out.endswith("1e3\n")
+    del sys.modules["neighbour"]
+
+
+def test_a_text_that_looks_like_a_number_stays_one_in_the_saved_config(tmp_path: Path) -> None:
+    copy("dllm_jepa_full", "note: str = ''")
+    own = recipe_config("my.py")
+    for text in ("1e3", "010", "yes", "null", "0x1f", "1_000"):
+        cfg = own.check(load_config([*SMALL, f"note='{text}'"], own))
+        (tmp_path / "config.yaml").write_text(cfg.to_yaml())
+        assert load_config(["--config", "config.yaml"])["note"] == text
+
+
+def test_validators_of_a_copy_have_their_say(capsys: pytest.CaptureFixture[str]) -> None:
+    def lucky(value: float) -> float:
+        if value == 7:
+            raise ValueError("seven is unlucky")
+        return value
+
+    class Own(Config):
+        low: Annotated[float, AfterValidator(lucky)] = 0.0
+        high: float = 1.0
+
+        @model_validator(mode="after")
+        def ordered(self) -> Self:
+            if self.low > self.high:
+                raise ValueError("low must not be above high")
+            return self
+
+    assert Own.problems({"low": 7}) == ["low: 7 given: Value error, seven is unlucky"]
+    assert Own.problems({"low": 2}) == ["Value error, low must not be above high"]
+    assert Own.problems({"low": 2, "high": 3}) == []
+
+
+def test_a_value_that_must_be_set_is_one_problem() -> None:
+    copy("dllm_jepa_full")
+    own = recipe_config("my.py")
+    (line,) = own.problems(load_config([*SMALL, "checkpoint.every_n_steps=???"], own))
+    assert line.startswith("checkpoint.every_n_steps: ??? must be set")
