@@ -108,8 +108,9 @@ def files_of_task_exist(task: Component) -> Iterator[str]:
     """The files and folders that a task reads must be there; names of the hub are looked up when it starts."""
     for name in ("source", "shots_source", "tables", "databases"):
         value = task.arguments.get(name)
-        is_local = isinstance(value, str) and (name in ("tables", "databases") or is_row_file(value))
-        if is_local and not Path(value).exists():
+        if not isinstance(value, str) or Path(value).exists():
+            continue
+        if name in ("tables", "databases") or is_row_file(value):
             yield f"task.{name}: {value!r} does not exist (looked for {Path(value).absolute()})"
 
 
