@@ -5,6 +5,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import socket
@@ -156,12 +157,15 @@ def _rank(
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in sockets:
-            listener.bind(("localhost", 0))
-        return [listener.getsockname()[1] for listener in sockets]
+    """Ports that nobody listens on, below those that the kernel gives to connections: they stay free until used."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(10_000, 30_000), 1000):
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("localhost", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise RuntimeError(f"not {count} free ports among a thousand")
 
 
 def metrics(output_dir: Path) -> list[dict[str, Any]]:
