@@ -56,6 +56,8 @@ def export_checkpoint(
         _export_adapter(path, out, part, dtype, base, merged, shard_bytes)
         return
     states = saved_states(path)
+    if not states and (path / "metrics.jsonl").exists():
+        raise CheckpointError(f"{path} is a run without training states (checkpoint.every_n_steps): nothing to export")
     checkpoint = SavedCheckpoint(states[-1] if states else path)
     checkpoint.verify()
     config, saved = OmegaConf.load(checkpoint.config), SavedModel(checkpoint, part, base)

@@ -24,17 +24,24 @@ from dllm_jepa.trained_model import ModelSource, open_model
 
 
 class Config(config.TrainedModel):
-    """The keys of an evaluation; those of every recipe that uses a trained model stand in `config.TrainedModel`."""
+    """The keys of an evaluation; those of every recipe that uses a trained model stand in `config.TrainedModel`.
+
+    What may change when an evaluation goes on is marked: model and task are compared by what is in them.
+    """
 
     output_dir: Annotated[
-        config.PathText, Field(description="folder for results; refused if it holds another evaluation")
+        config.PathText,
+        config.MayChange,
+        Field(description="folder for results; refused if it holds another evaluation"),
     ]
     resume: Annotated[
         Literal["never", "auto"],
+        config.MayChange,
         Field(description="auto goes on where an evaluation stopped: finished items are not done again"),
     ] = "never"
     base_dir: Annotated[
         config.PathText | None,
+        config.MayChange,
         Field(description="a second model, evaluated on the same items for the paired difference; null = none"),
     ] = None
     task: Annotated[
@@ -44,14 +51,20 @@ class Config(config.TrainedModel):
             keywords=("seed", "max_items", "progress"),
             offered=("decoding", "num_shots"),
         ),
+        config.MayChange,
         Field(description="builder of the task: items, prompts, scores"),
     ]
     num_shots: Annotated[
-        int | None, Field(ge=0, description="solved examples in front of each question; null = the task has none")
+        int | None,
+        config.MayChange,
+        Field(ge=0, description="solved examples in front of each question; null = the task has none"),
     ] = None
-    max_items: Annotated[config.Count | None, Field(description="evaluate only the first so many; null = all")] = None
+    max_items: Annotated[
+        config.Count | None, config.MayChange, Field(description="evaluate only the first so many; null = all")
+    ] = None
     decoding: Annotated[
         config.Component | None,
+        config.MayChange,
         Field(description="how responses are generated; null for tasks that only measure likelihoods"),
     ] = None
 
@@ -132,8 +145,9 @@ class DLLMJEPAEvalRecipe:
     def fingerprint(self, source: ModelSource, part: str) -> dict[str, Any]:
         """Model, task and settings: two evaluations with the same fingerprint have the same results."""
         cfg = self.cfg
-        settings = {"model": source.fingerprint, "part": part, "dtype": cfg.dtype, "batch_size": cfg.batch_size}
-        return settings | {"seed": cfg.seed} | self.task.fingerprint()
+        fixed = [n for n, field in type(cfg).model_fields.items() if not config.has_mark(field, config.MayChange)]
+        settings = {name: value for name, value in cfg.model_dump(mode="json").items() if name in fixed}
+        return settings | {"model": source.fingerprint, "part": part} | self.task.fingerprint()
 
     def open_folder(self, source: ModelSource, folder: ResultsFolder, part: str) -> list[int]:
         """Take a folder into use; returns the batches that this rank has to do."""

@@ -298,7 +298,8 @@ class DLLMJEPARecipe:
             compiles=cfg.compile,
         )
         self.cleanup.callback(self.log.close)
-        if warning := training.warmup_warning(self.lr_scheduler, num_steps=self.num_steps):
+        warning = training.warmup_warning(self.lr_scheduler, num_steps=self.num_steps)
+        if warning and not cfg.max_steps:  # else it was said with the config
             self.log.say(f"warning: {warning}")
         self.log.say(choose_packed_attention(self.model, self.ranks.device, self.compute_dtype))
         if metric_logger is not None:
@@ -515,13 +516,20 @@ def exports(cfg: Config, *parts: str) -> list[str]:
     return [*(ADAPTERS[part] for part in parts), *(parts if cfg.export_merged else ())]
 
 
+def stretches(cfg: Config) -> bool:
+    """Whether the schedule is planned for all steps of the run, however many."""
+    return cfg.lr_scheduler is not None and "num_training_steps" not in cfg.lr_scheduler.arguments
+
+
 @config.parse
 def recipe_main(cfg: Config) -> None:
     """Join the other ranks, claim the output directory, train, export."""
     with (
         training.Ranks.join(cfg.device, replicate=cfg.data_parallel_replicate_dim) as ranks,
         training.StopSignals(ranks) as signals,
-        training.RunDirectory(cfg.output_dir, cfg.resume, ranks, checkpoints=cfg.checkpoint.directory) as run,
+        training.RunDirectory(
+            cfg.output_dir, cfg.resume, ranks, checkpoints=cfg.checkpoint.directory, stretches=stretches(cfg)
+        ) as run,
     ):
         if run.is_finished(cfg.max_steps, exports(cfg, *EXPORTS[cfg.export])):
             return

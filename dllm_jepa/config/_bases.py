@@ -161,16 +161,17 @@ class Training(Config):
         _rules.adapters_in_fp32,
         _rules.dora_on_several_processes,
     )
-    remarks: ClassVar[tuple[Rule, ...]] = (_rules.small_rate_on_bf16_weights,)
+    remarks: ClassVar[tuple[Rule, ...]] = (_rules.small_rate_on_bf16_weights, _rules.warmup_within_the_run)
 
 
 class TrainedModel(Config):
     """The keys of a recipe that uses a trained model."""
 
     seed: Annotated[Seed, Field(description="decides every random number")] = 0
-    device: Annotated[Device, Field(description="where the model is")] = "cuda"
+    device: Annotated[Device, MayChange, Field(description="where the model is")] = "cuda"
     checkpoint_dir: Annotated[
         PathText,
+        MayChange,
         Field(
             description="the model: a Hugging Face directory, an adapter, a run, or a training state "
             "(runs/x/checkpoints/step_00000100)"
@@ -178,6 +179,7 @@ class TrainedModel(Config):
     ]
     adapter_base: Annotated[
         PathText | None,
+        MayChange,
         Field(description="of an adapter: its base, if it is not where the adapter says; null = where it says"),
     ] = None
     part: Annotated[
@@ -188,6 +190,7 @@ class TrainedModel(Config):
     ] = "online"
     tokenizer: Annotated[
         Annotated[Component, Given(offered=("path",))] | None,
+        MayChange,
         Field(description="builder of the tokenizer; null = the checkpoint's own"),
     ] = None
     dtype: Annotated[Dtype, Field(description="weights and computation")] = "fp32"

@@ -124,7 +124,7 @@ def locate(path: str) -> object:
         LookupError: saying which part of the path does not import or is not there, and what is near.
     """
     parts = path.split(".")
-    if not all(part.isidentifier() for part in parts):
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise LookupError(f"{path!r} is not a dotted path such as package.module.builder")
     found: object = None
     for index, part in enumerate(parts):

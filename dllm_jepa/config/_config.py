@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -99,9 +100,13 @@ _ELSEWHERE = {
     "view_sampler.context_ratio": "context_ratio mask_ratio",
     "view_sampler.target_ratio": "target_ratio",
     "predictor.num_layers": "num_layers predictor_layers",
+    "decoding.temperature": "temperature",
+    "decoding.gen_length": "max_new_tokens max_tokens max_gen_toks",
+    "max_items": "limit num_samples",
     "no key: evaluate with the recipe dllm_jepa_eval": "eval_steps eval_strategy evaluation_strategy",
 }
 
+_OF_ANOTHER = re.compile(r"(\w+): a key of (\w+(?: and \w+)*)")
 _MEANT = {word: key for key, words in _ELSEWHERE.items() for word in words.split()}
 
 
@@ -191,7 +196,7 @@ class Config(Section):
         try:
             result = cls.model_validate_json(json.dumps(known, default=str), context=valid)
         except ValidationError as error:
-            lines += _lines(cls, error, {**values, **dict.fromkeys(broken, UNSET)})
+            lines += _together(_lines(cls, error, {**values, **dict.fromkeys(broken, UNSET)}))
         for key in unset:
             valid.pop(key.partition(".")[0], None)
         lines += _call(cls.rules, valid, launch)
@@ -255,6 +260,19 @@ def _lines(cls: type[Config], error: ValidationError, values: Mapping[str, Any])
             yield _wrong_value(owner, names, _value(values, names, found["input"]))
 
 
+def _together(lines: Iterable[str]) -> Iterator[str]:
+    """The same lines, with one for all keys that belong to the same other recipes: a config of another recipe."""
+    strangers: dict[str, list[str]] = {}
+    for line in lines:
+        if found := _OF_ANOTHER.fullmatch(line):
+            strangers.setdefault(found[2], []).append(found[1])
+        else:
+            yield line
+    for recipes, keys in strangers.items():
+        noun = "a key" if len(keys) == 1 else "keys"
+        yield f"{', '.join(keys)}: {noun} of {recipes}, not of this recipe; remove what is not meant, or start that one"
+
+
 def _owner(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[type[BaseModel], list[str]]:
     """The class that has a key, and the key's name after those of the sections around it."""
     names = [str(location[0])]
@@ -291,7 +309,7 @@ def _unknown_key(owner: type[BaseModel], names: list[str], value: object) -> str
     if meant.partition(".")[0].partition(" ")[0] in owner.model_fields:
         return f"{unknown}; here it is {meant}"
     if recipes := _recipes_with(name):
-        return f"{key}: a key of {' and '.join(recipes)}, not of this recipe; remove it, or start that one"
+        return f"{key}: a key of {' and '.join(recipes)}"
     if meant.startswith("no key"):
         return f"{unknown}; there is {meant}"
     return f"{unknown}.{suggestion(name, owner.model_fields)}"

@@ -259,6 +259,16 @@ def small_rate_on_bf16_weights(dtype: str, optimizer: Component) -> Iterator[str
         )
 
 
+def warmup_within_the_run(lr_scheduler: Component | None, max_steps: int | None) -> Iterator[str]:
+    """Warn of a warm-up that never ends."""
+    warmup = None if lr_scheduler is None else lr_scheduler.arguments.get("num_warmup_steps")
+    if isinstance(warmup, int) and max_steps is not None and warmup >= max_steps:
+        yield (
+            f"lr_scheduler.num_warmup_steps: {warmup} with max_steps: {max_steps}: the learning rate rises to the end; "
+            "lower the warm-up, or raise max_steps"
+        )
+
+
 # Adapters
 
 

@@ -24,7 +24,7 @@ def cosine_with_warmup(
     *,
     num_training_steps: int,
     num_warmup_steps: int | None = None,
-    warmup_ratio: float = 0.03,
+    warmup_ratio: float | None = None,
 ) -> LambdaLR:
     """Linear warm-up, then half a cosine down to zero.
 
@@ -34,11 +34,14 @@ def cosine_with_warmup(
         optimizer: its rates are the peaks.
         num_training_steps: steps of the whole run.
         num_warmup_steps: steps of the warm-up; None takes `warmup_ratio`.
-        warmup_ratio: warm-up as a fraction in [0, 1] of the run, rounded up.
+        warmup_ratio: warm-up as a fraction in [0, 1] of the run, rounded up; None is 0.03.
 
     Raises:
         ValueError: if a number is out of range.
     """
+    if num_warmup_steps is not None and warmup_ratio is not None:
+        raise ValueError(f"num_warmup_steps {num_warmup_steps} together with warmup_ratio {warmup_ratio}: give one")
+    warmup_ratio = 0.03 if warmup_ratio is None else warmup_ratio
     if not 0 <= warmup_ratio <= 1:
         raise ValueError(f"warmup_ratio must be in [0, 1], got {warmup_ratio}")
     if num_training_steps < 1 or (num_warmup_steps is not None and num_warmup_steps < 0):

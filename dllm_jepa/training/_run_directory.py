@@ -43,6 +43,7 @@ class RunDirectory:
         resume: "never", "auto" (the newest intact checkpoint, or step 0 if there are none) or the path of one.
         ranks: the ranks.
         checkpoints: where the training states stand; None for `path`/checkpoints.
+        stretches: whether a schedule stretches to added steps, which resume_override=true then has to allow.
 
     Raises:
         LaunchError: if the directory holds a run and `resume` does not ask to go on with it, another run uses it, or it
@@ -50,7 +51,15 @@ class RunDirectory:
         CheckpointError: see `find_start`.
     """
 
-    def __init__(self, path: str | Path, resume: str, ranks: Ranks, checkpoints: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        resume: str,
+        ranks: Ranks,
+        checkpoints: str | Path | None = None,
+        *,
+        stretches: bool = True,
+    ) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.status = StatusFile(self.path / "status.json")
@@ -60,6 +69,7 @@ class RunDirectory:
         self.exports = {part: self.path / name for part, name in names.items()}
         self._ranks = ranks
         self._resume = resume
+        self._stretches = stretches
         self._is_open = False
         # Checkpoints that stand elsewhere have a lock of their own: another run may be sent there, too.
         elsewhere = [] if checkpoints is None else [self.checkpoints]
@@ -214,11 +224,14 @@ class RunDirectory:
     def _to_add_steps(self, num_steps: int) -> str:
         """What to type for a finished run to go on to `num_steps`."""
         moves = [shlex.join(("mv", str(path), str(free_name(path, "_before")))) for path in self._exported()]
-        line = command_line(max_steps=num_steps, resume="auto", resume_override="true")
-        first = (
-            f"To go on to step {num_steps} (the schedule stretches to it, unless lr_scheduler.num_training_steps is "
-            "set), type:"
-        )
+        first, override = f"To go on to step {num_steps}, type:", {}
+        if self._stretches:
+            first = (
+                f"To go on to step {num_steps}, with the schedule stretched to it, type (resume_override=true lets "
+                "other changed keys pass, too, and lists them):"
+            )
+            override = {"resume_override": "true"}
+        line = command_line(max_steps=num_steps, resume="auto", **override)
         return "\n  ".join([first, *moves, line])
 
     def _check_start(self) -> None:

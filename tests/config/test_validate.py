@@ -268,7 +268,9 @@ def test_words_of_other_frameworks_name_the_key_that_is_meant(word: str, key: st
 
 def test_a_key_of_another_recipe_is_named_as_such() -> None:
     assert only("eval_steps=10").endswith("there is no key: evaluate with the recipe dllm_jepa_eval")
-    assert only("num_shots=4").startswith("num_shots: a key of dllm_jepa_eval, not of this recipe; remove it")
+    assert only("num_shots=4").startswith("num_shots: a key of dllm_jepa_eval, not of this recipe; remove what")
+    assert only("num_shots=4", "base_dir=x").startswith("num_shots, base_dir: keys of dllm_jepa_eval, not of")
+    assert "here it is optimizer.lr" in only("lr=1")
     assert only("part=target").startswith("part: a key of dllm_jepa_eval and dllm_jepa_generate, not of this recipe")
 
 

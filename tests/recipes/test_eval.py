@@ -1,5 +1,6 @@
 """The evaluation recipe: what it writes is what the parts give by themselves, however it is interrupted or split."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -10,8 +11,8 @@ from unittest.mock import patch
 import dllm_jepa_eval
 import pytest
 import torch
-from omegaconf import OmegaConf
 
+from dllm_jepa.config import load_config
 from dllm_jepa.data import generate_regex_pairs
 from dllm_jepa.evals import ResultsFolder, nlrx
 from dllm_jepa.evals._generation_task import item_seed
@@ -19,7 +20,7 @@ from dllm_jepa.generation import llada_decoding
 from dllm_jepa.models import load_hf
 from dllm_jepa.models.tiny import tiny_tokenizer
 from dllm_jepa.training import Ranks
-from tests.launching import eval_here, run_here
+from tests.launching import SMALL_EVAL, eval_here, run_here
 
 ITEMS = 10
 
@@ -237,7 +238,9 @@ def test_the_folder_of_the_base_is_looked_at_first(
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_every_batch_belongs_to_one_rank(tmp_path: Path, world_size: int) -> None:
-    cfg = OmegaConf.create({"output_dir": str(tmp_path), "resume": "auto", "dtype": "fp32", "batch_size": 2, "seed": 0})
+    cfg = dllm_jepa_eval.Config.check(
+        load_config([*SMALL_EVAL, f"output_dir={tmp_path}", f"checkpoint_dir={tmp_path}", "resume=auto"])
+    )
     source, task = SimpleNamespace(fingerprint="abc"), SimpleNamespace(fingerprint=dict)
     dealt = []
     for rank in range(world_size):
@@ -247,3 +250,25 @@ def test_every_batch_belongs_to_one_rank(tmp_path: Path, world_size: int) -> Non
             dealt.append(recipe.open_folder(source, recipe.folder, "online"))
     assert sorted(sum(dealt, [])) == list(range(5))
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+
+
+def test_a_key_of_ones_own_belongs_to_the_fingerprint(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy of the recipe goes on with an evaluation only if its own key is what it was."""
+    source = Path(dllm_jepa_eval.__file__).read_text()
+    (tmp_path / "own_eval.py").write_text(
+        source.replace("    rules = (", "    smoothing: float = 0.1\n\n    rules = (", 1)
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["--config", str(tmp_path / "x.yaml")]
+    (tmp_path / "x.yaml").write_text(Path("configs/tiny_eval.yaml").read_text())
+    start = [*words, *SMALL_EVAL[2:], f"output_dir={tmp_path / 'eval'}", f"checkpoint_dir={models[0]}"]
+    for value, code in (("0.3", None), ("0.3", None), ("0.9", 1)):
+        monkeypatch.setattr("sys.argv", ["own_eval", *start, f"smoothing={value}", "resume=auto"])
+        if code is None:
+            importlib.import_module("own_eval").recipe_main()
+        else:
+            with pytest.raises(SystemExit):
+                importlib.import_module("own_eval").recipe_main()
+    assert "smoothing" in capsys.readouterr().err

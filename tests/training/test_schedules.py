@@ -70,15 +70,12 @@ def test_warm_up_as_a_share_is_rounded_up(num_training_steps: int, ratio: float 
     assert rates(num_training_steps, **share) == rates(num_training_steps, num_warmup_steps=warmup)
 
 
-def test_the_number_of_steps_comes_before_the_share() -> None:
-    assert rates(20, num_warmup_steps=4, warmup_ratio=0.9) == rates(20, num_warmup_steps=4)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"num_training_steps": 0}, "num_training_steps must be at least 1 .* got 0 and None"),
         ({"num_training_steps": 5, "num_warmup_steps": -1}, "num_warmup_steps at least 0, got 5 and -1"),
+        ({"num_training_steps": 5, "num_warmup_steps": 2, "warmup_ratio": 0.5}, "2 together with warmup_ratio 0.5"),
         ({"num_training_steps": 5, "warmup_ratio": 1.5}, r"warmup_ratio must be in \[0, 1\], got 1.5"),
         ({"num_training_steps": 5, "warmup_ratio": -0.5}, r"warmup_ratio must be in \[0, 1\], got -0.5"),
     ],

@@ -179,7 +179,7 @@ def _named_base(path: Path, config: Mapping[str, Any]) -> Path:
     if not isinstance(base, str) or not base:
         raise CheckpointError(
             f"{path / ADAPTER_CONFIG_NAME} names no base. An adapter trained on random weights, which were not stored, "
-            "has none: export the merged model instead (export_merged=true, or dllm-jepa export --merged)"
+            "has none: have the run write the merged model (export_merged=true)"
         )
     if not Path(base).is_dir():
         raise CheckpointError(
