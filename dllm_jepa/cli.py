@@ -181,7 +181,13 @@ def _validate(arguments: argparse.Namespace) -> None:
 
     recipe = config.recipe_config(arguments.recipe)
     values = config.load_config(["--config", arguments.config, *arguments.words], recipe)
-    for line in recipe.check(values, opening=True).warnings():
+    cfg: Any = recipe.check(values, opening=True)
+    lines = cfg.warnings()
+    if getattr(cfg, "resume", None) == "never":
+        files = (Path(cfg.output_dir) / name for name in ("metrics.jsonl", "facts.json"))
+        held = [str(file) for file in files if file.exists()]
+        lines += [f"output_dir: {file} is there: a start without resume=auto will be refused" for file in held]
+    for line in lines:
         print(f"warning: {line}", file=sys.stderr)
     print(f"{arguments.recipe} --config {arguments.config}: valid")
 

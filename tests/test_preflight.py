@@ -111,3 +111,13 @@ def test_validate_reports_what_does_not_open(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         cli.main(["validate", "dllm_jepa_full", "--config", "tiny", "model.vocab_size=10"])
     assert "the config has a problem:\n  - " in (message := capsys.readouterr().err) and "vocab_size" in message
+
+
+def test_validate_warns_of_a_folder_that_holds_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "metrics.jsonl").touch()
+    words = ["validate", "dllm_jepa_full", "--config", "tiny", "output_dir=held"]
+    cli.main(words)
+    assert "warning: output_dir: held/metrics.jsonl is there" in capsys.readouterr().err
+    cli.main([*words, "resume=auto"])
+    assert "output_dir" not in capsys.readouterr().err
