@@ -163,7 +163,9 @@ def _cat(arguments: argparse.Namespace) -> None:
     if arguments.sort and path.suffix == ".yaml":
         from omegaconf import OmegaConf
 
-        print(OmegaConf.to_yaml(OmegaConf.load(path), sort_keys=True), end="")
+        from dllm_jepa import config
+
+        print(OmegaConf.to_yaml(OmegaConf.create(config.read_config(path)), sort_keys=True), end="")
     else:
         print(path.read_text(encoding="utf-8", errors="replace"), end="")
 

@@ -49,8 +49,12 @@ def model_opens(model: Component, tokenizer: Component, checkpoint_dir: str | No
 
 
 def data_opens(dataset: Component, tokenizer: Component, model: Component, max_seq_len: int) -> Iterator[str]:
-    """The first rows of the data have to make sequences; a builder that takes no `max_rows` is not tried."""
-    if not dataset.takes("max_rows"):
+    """The first rows of the data have to make sequences.
+
+    Not tried: a builder that takes no `max_rows`, and a dataset of the hub, which would be fetched as a whole.
+    """
+    source = dataset.arguments.get("source")
+    if not dataset.takes("max_rows") or (isinstance(source, str) and not is_row_file(source)):
         return
     try:
         given = {"tokenizer": _tokenizer(tokenizer), "shift_logits": _model(model).shift_logits}

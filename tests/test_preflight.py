@@ -63,6 +63,11 @@ def test_the_first_rows_must_make_sequences() -> None:
     assert found(*words) == []
 
 
+def test_a_dataset_of_the_hub_is_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dllm_jepa.data._sources._read_hub", lambda *_, **__: pytest.fail("the hub was asked"))
+    assert found("dataset={_component_: dllm_jepa.data.gsm8k, source: openai/gsm8k, name: main}") == []
+
+
 def test_state_and_export_must_fit_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = collections.namedtuple("usage", "total used free")
     free = 7_000_000
